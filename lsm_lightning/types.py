@@ -1,0 +1,86 @@
+"""What flows through a step: small frozen dataclasses, with shapes.
+
+`N` counts response tokens of all turns, one turn after the other; `K` is the size of a support.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+Message = dict[str, str]
+"""One chat message: `{"role": "user", "content": "..."}`."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prompt:
+    """What the student is asked in one turn."""
+
+    messages: Sequence[Message]
+    """The conversation, for a teacher that renders it through its own chat template."""
+    ids: Sequence[int]
+    """The same conversation as the student's tokens, under the student's template, generation prefix included."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Completion:
+    """What the student wrote in one turn."""
+
+    ids: Sequence[int]
+    """Sampled tokens; the end-of-turn token is the last one unless `truncated`."""
+    log_probs: Sequence[float]
+    """Nats, of each sampled token under the student at temperature 1 and without top-p."""
+    text: str
+    """The decoded tokens without the end-of-turn token."""
+    truncated: bool
+    """Whether the length limit, not an end-of-turn token, ended it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Turn:
+    """One prompt and its answer: the unit of training."""
+
+    prompt: Prompt
+    completion: Completion
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """One finished episode."""
+
+    task: str
+    kind: str
+    """The sort of problem within the task, for reports: an ALFWorld task type, say."""
+    turns: Sequence[Turn]
+    reward: float
+    """From 0 to 1; 1 is solved. For people to watch, no part of the loss."""
+    invalid_actions: int = 0
+    """Turns whose answer the environment could not use."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Support:
+    """What a teacher says at each of N response positions."""
+
+    ids: Int[Tensor, "n k"]
+    """Token ids, most probable first."""
+    log_probs: Float[Tensor, "n k"]
+    """Nats, over the whole vocabulary: `exp` of a row sums to 1 minus the tail."""
+    sampled: Float[Tensor, " n"]
+    """Nats: the teacher's log-prob of the token that the student sampled."""
+    turn_end: Float[Tensor, " n"]
+    """Nats: the teacher's log-prob of ending the turn, all its end-of-turn tokens together."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepBatch:
+    """Which episodes one training step plays."""
+
+    task: str
+    step: int
+    """Position in the schedule, from 0; seeds derive from it."""
+    indices: Sequence[int]
+    """Problem numbers of the task, distinct within the step."""
+    samples_per_prompt: int
+    """How many episodes play each problem."""
