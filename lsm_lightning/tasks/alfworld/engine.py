@@ -42,7 +42,7 @@ def ground(game: Game) -> Grounding:
     """Translate a game; takes 0.05 s for a small generated game and 0.4 s for a genuine one.
 
     Raises:
-        Exception: Of any type: what the translator and the grammar's parser say of a text that is no game.
+        Exception, SystemExit: What the translator or the grammar's parser say of a text that is no game.
     """
     translate = extra.load("fast_downward").pddl2sas
     with _GROUNDING:

@@ -28,7 +28,7 @@ class Game:
     """One game, as a `game.tw-pddl` file holds it."""
 
     name: str
-    """Where it comes from, for messages: a path, or how to generate it again."""
+    """Where it is from, for messages: its path, or the folder a generated game would have."""
     kind: Kind
     domain: str
     grammar: str
@@ -70,17 +70,24 @@ def generate(seed: int, index: int, world: WorldName = "mini", split: Split = "t
             return _written(layout, random, f"{world}_{split}_{seed}_{index}")
 
 
-def _written(layout: Layout, random: Random, name: str) -> Game:
+def _written(layout: Layout, random: Random, trial: str) -> Game:
     goal = extra.goals()[TASK_TYPES[layout.kind]]
     sentence = random.choice(goal["templates"]).format(obj=layout.wanted, recep=layout.target, toggle=LAMP)
     return Game(
-        name=name,
+        name=_folder(layout, trial),
         kind=layout.kind,
         domain=extra.domain(),
         grammar=extra.grammar().replace("UNKNOWN GOAL", sentence),
-        problem=_Problem(layout).text(name, goal["pddl"]),
+        problem=_Problem(layout).text(trial, goal["pddl"]),
         plan=tuple(_plan(layout)),
     )
+
+
+def _folder(layout: Layout, trial: str) -> str:
+    """As ALFWorld names it: type, object, movable receptacle, target or lamp, scene (here the game's number)."""
+    target = "DeskLamp" if layout.kind == "look" else _pddl_name(layout.target)
+    scene = trial.rpartition("_")[2]
+    return f"{TASK_TYPES[layout.kind]}-{_pddl_name(layout.wanted)}-None-{target}-{scene}/trial_{trial}"
 
 
 def _pddl_name(kind: str) -> str:
