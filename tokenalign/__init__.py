@@ -1,0 +1,25 @@
+"""Where is a comparison of two models' tokens about the text, and where only about spelling?"""
+
+from tokenalign.chunks import Alignment
+from tokenalign.convention import Convention
+from tokenalign.flags import Flag, Policy, TokenFlags
+from tokenalign.pair import Pair
+from tokenalign.queries import canonical, tag_spans
+from tokenalign.relation import Relation, VocabMap
+from tokenalign.report import Report
+from tokenalign.respelling import TeacherText
+
+__all__ = [
+    "Alignment",
+    "Convention",
+    "Flag",
+    "Pair",
+    "Policy",
+    "Relation",
+    "Report",
+    "TeacherText",
+    "TokenFlags",
+    "VocabMap",
+    "canonical",
+    "tag_spans",
+]

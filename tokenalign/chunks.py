@@ -1,0 +1,96 @@
+"""Chunks: what two tokenizations of one text have in common.
+
+Every token stands for bytes, so the byte ends of a sequence are a cumulative sum of lengths. Between two byte positions
+where *both* sides have a token end lies a chunk of m student tokens against n teacher tokens.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Alignment:
+    """Two tokenizations of one text, cut at their shared byte ends.
+
+    A top-K comparison is about the text wherever a chunk starts on both sides; a sampled-token comparison sums
+    over a chunk.
+    """
+
+    student_chunk: NDArray[np.int32]
+    """`[m]` chunk of each student token, -1 for a token outside the text (padding, prompt)."""
+    teacher_chunk: NDArray[np.int32]
+    """`[n]` chunk of each teacher token."""
+    chunks: NDArray[np.int32]
+    """`[C, 2]` tokens per chunk: student, teacher; both at least 1."""
+    ok: bool
+    """True where both sides are byte for byte the same text (end-of-turn tokens count as equal)."""
+
+
+def align_ends(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
+    """Chunk of every token `[m]`, `[n]` from ascending byte ends `[m]`, `[n]` whose last entries are equal.
+
+    A token without bytes (bos, padding) joins the chunk before it, or the first one.
+
+    >>> student, teacher = np.array([1, 6, 7]), np.array([3, 6, 7])  # "<" "think" ">" against "<th" "ink" ">"
+    >>> [side.tolist() for side in align_ends(student, teacher)]
+    [[0, 0, 1], [0, 0, 1]]
+    """
+    shared = np.intersect1d(student_ends, teacher_ends)
+    shared = shared[shared > 0]
+    return np.searchsorted(shared, student_ends), np.searchsorted(shared, teacher_ends)
+
+
+def chunk_sizes(student_chunk: Ints, teacher_chunk: Ints) -> NDArray[np.int32]:
+    """Tokens per chunk `[C, 2]` from the chunk of every token; -1 is no chunk.
+
+    >>> chunk_sizes(np.array([0, 0, 1]), np.array([0, 1])).tolist()
+    [[2, 1], [1, 1]]
+    """
+    count = 1 + max(student_chunk.max(initial=-1), teacher_chunk.max(initial=-1))
+    sides = [np.bincount(side[side >= 0], minlength=count) for side in (student_chunk, teacher_chunk)]
+    return np.stack(sides, axis=1).astype(np.int32)
+
+
+def alignment(student_chunk: Ints, teacher_chunk: Ints, *, ok: bool) -> Alignment:
+    """The alignment with these chunks `[m]`, `[n]`."""
+    return Alignment(
+        student_chunk=student_chunk.astype(np.int32),
+        teacher_chunk=teacher_chunk.astype(np.int32),
+        chunks=chunk_sizes(student_chunk, teacher_chunk),
+        ok=ok,
+    )
+
+
+def common_ends(student: bytes, teacher: bytes) -> tuple[int, int]:
+    """Length of the longest common prefix, and of the longest common suffix of what follows it.
+
+    >>> common_ends(b"caf\\xc3\\xa9!", b"cafe!")
+    (3, 1)
+    """
+    a, b = np.frombuffer(student, np.uint8), np.frombuffer(teacher, np.uint8)
+    short = min(len(a), len(b))
+    prefix = _equal_run(a[:short], b[:short])
+    rest = short - prefix
+    suffix = _equal_run(a[len(a) - rest :][::-1], b[len(b) - rest :][::-1])
+    return prefix, suffix
+
+
+def _equal_run(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    different = a != b
+    return int(different.argmax()) if different.any() else len(a)
+
+
+def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
+    """Ends of both sides on one scale although the texts differ (a normaliser, an unknown token).
+
+    Positions are doubled. Teacher ends in the common prefix and suffix keep their place in the student's text; those in
+    between get an odd position, which no student end has, so that everything between lies in one chunk.
+    """
+    prefix, suffix = common_ends(student, teacher)
+    shifted = np.where(teacher_ends <= prefix, teacher_ends, teacher_ends + len(student) - len(teacher)) * 2
+    between = (teacher_ends > prefix) & (teacher_ends < len(teacher) - suffix)
+    return student_ends * 2, np.where(between, 2 * prefix + 1, shifted)

@@ -1,0 +1,164 @@
+"""Compares many segments with the teacher's spelling of them, in one pass over all of their tokens."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenalign.chunks import Ints, align_ends, chunk_sizes, common_ends, comparable_ends
+from tokenalign.flags import Flag
+from tokenalign.segments import Analysis
+from tokenalign.speller import invalid_bytes
+
+Span = tuple[Flag, int, int]
+"""A reason and the bytes it concerns, end exclusive."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Side:
+    """The tokens of S segments, one after the other, as one tokenizer writes them."""
+
+    ids: Ints
+    """`[M]`"""
+    counts: Ints
+    """`[S]` tokens per segment; only the teacher's may be 0."""
+    lengths: Ints
+    """`[M]` bytes per token."""
+    texts: Sequence[bytes]
+    """`[S]`"""
+
+    @property
+    def segment(self) -> Ints:
+        """`[M]` the segment of each token."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+    @property
+    def sizes(self) -> Ints:
+        """`[S]` bytes per segment."""
+        return np.fromiter(map(len, self.texts), np.int64, len(self.texts))
+
+    def ends(self) -> Ints:
+        """`[M]` byte ends, counted from the start of each token's segment."""
+        return np.cumsum(self.lengths) - np.repeat(np.cumsum(self.sizes) - self.sizes, self.counts)
+
+
+def compare(
+    student: Side,
+    teacher: Side,
+    *,
+    to_teacher: NDArray[np.int32],
+    control: NDArray[np.bool_],
+    tags: Sequence[bytes],
+) -> Analysis:
+    """Chunks and flags of segments.
+
+    Args:
+        student: What the student wrote.
+        teacher: How the teacher spells it.
+        to_teacher: `[V_s]` teacher id per student id, -1 for none.
+        control: `[S]` True for the segments that are a control token; whatever the teacher writes for it is one chunk.
+        tags: Reasoning tags.
+    """
+    student_chunk, teacher_chunk = _chunks(student, teacher, control)
+    bits = _spelling_bits(student, teacher, student_chunk, teacher_chunk, to_teacher, control)
+    _mark(bits, np.cumsum(student.lengths), _spans(student, teacher, control, tags))
+    # Chunks are counted over all segments; a segment's last one is that of its last teacher token.
+    chunk_count = np.diff(np.append(0, teacher_chunk + 1)[np.cumsum(teacher.counts)], prepend=0)
+    before = np.cumsum(chunk_count) - chunk_count
+    return Analysis(
+        student_count=student.counts,
+        teacher_count=teacher.counts,
+        chunk_count=chunk_count,
+        bits=bits,
+        student_chunk=np.where(student_chunk < 0, -1, student_chunk - before[student.segment]).astype(np.int32),
+        teacher_chunk=(teacher_chunk - before[teacher.segment]).astype(np.int32),
+        teacher_ids=teacher.ids.astype(np.int32),
+    )
+
+
+def _chunks(student: Side, teacher: Side, control: NDArray[np.bool_]) -> tuple[Ints, Ints]:
+    """Chunk of every token, counted over all segments; -1 where the teacher spells nothing."""
+    student_ends, teacher_ends = student.ends() * 2, teacher.ends() * 2
+    for s in np.flatnonzero(_differ(student, teacher) & ~control).tolist():
+        a, b = _tokens(student, s), _tokens(teacher, s)
+        student_ends[a], teacher_ends[b] = comparable_ends(
+            student.texts[s], teacher.texts[s], student_ends[a] // 2, teacher_ends[b] // 2
+        )
+    student_ends[control[student.segment]] = teacher_ends[control[teacher.segment]] = 1
+    # Segments are laid out with a gap, so that no two share an end.
+    room = 2 * student.sizes + 2
+    base = np.cumsum(room) - room
+    spelled = (teacher.counts > 0)[student.segment]
+    student_chunk = np.full(len(student.ids), -1)
+    student_chunk[spelled], teacher_chunk = align_ends(
+        (student_ends + base[student.segment])[spelled], teacher_ends + base[teacher.segment]
+    )
+    return student_chunk, teacher_chunk
+
+
+def _spelling_bits(
+    student: Side,
+    teacher: Side,
+    student_chunk: Ints,
+    teacher_chunk: Ints,
+    to_teacher: NDArray[np.int32],
+    control: NDArray[np.bool_],
+) -> NDArray[np.uint16]:
+    """NONCANONICAL and MISALIGNED of every student token."""
+    sizes = chunk_sizes(student_chunk, teacher_chunk)
+    # One more entry for chunk -1: no teacher token, so neither alike nor aligned.
+    alone = np.append((sizes == 1).all(axis=1), False)
+    spelled = np.append(teacher.ids[np.searchsorted(teacher_chunk, np.arange(len(sizes)))], -1)[student_chunk]
+    same = to_teacher[student.ids]
+    # A text token without a counterpart of the same role is alike if its bytes are; a control token is not.
+    alike = alone[student_chunk] & ((same == spelled) | ((same < 0) & ~control[student.segment]))
+    follows = np.append(False, student_chunk[1:] == student_chunk[:-1]) | (student_chunk < 0)
+    return np.where(alike, 0, Flag.NONCANONICAL).astype(np.uint16) | np.where(follows, Flag.MISALIGNED, 0).astype(
+        np.uint16
+    )
+
+
+def _spans(student: Side, teacher: Side, control: NDArray[np.bool_], tags: Sequence[bytes]) -> Iterator[Span]:
+    """Reasons that follow from the bytes, at byte positions counted over all segments."""
+    offsets = np.cumsum(student.sizes) - student.sizes
+    for s in np.flatnonzero(~control).tolist():
+        text, offset = student.texts[s], int(offsets[s])
+        for start, end in find(text, tags):
+            yield Flag.TAG, offset + start, offset + end
+        for place in np.flatnonzero(invalid_bytes(text)).tolist():
+            yield Flag.INVALID_UTF8, offset + place, offset + place + 1
+        if text != teacher.texts[s]:
+            prefix, suffix = common_ends(text, teacher.texts[s])
+            yield Flag.NORMALISED, offset + prefix, offset + max(len(text) - suffix, prefix + 1)
+
+
+def find(text: bytes, tags: Sequence[bytes]) -> Iterator[tuple[int, int]]:
+    """Start and end of every occurrence of every tag.
+
+    >>> list(find(b"a<b><b>", [b"<b>"]))
+    [(1, 4), (4, 7)]
+    """
+    for tag in tags:
+        start = text.find(tag)
+        while start >= 0:
+            yield start, start + len(tag)
+            start = text.find(tag, start + len(tag))
+
+
+def _mark(bits: NDArray[np.uint16], ends: Ints, spans: Iterable[Span]) -> None:
+    """Set a span's flag on every token that overlaps it; `ends[M]` are byte ends over all segments."""
+    for flag, start, end in spans:
+        first, last = np.searchsorted(ends, [start, end - 1], side="right")
+        bits[first : last + 1] |= np.uint16(flag)
+
+
+def _differ(student: Side, teacher: Side) -> NDArray[np.bool_]:
+    """`[S]` True where the teacher spells another text, but spells something."""
+    pairs = zip(student.texts, teacher.texts, strict=True)
+    return np.fromiter((bool(b) and a != b for a, b in pairs), bool, len(student.texts))
+
+
+def _tokens(side: Side, segment: int) -> slice:
+    end = int(side.counts[: segment + 1].sum())
+    return slice(end - int(side.counts[segment]), end)

@@ -1,0 +1,178 @@
+"""A pair of tokenizers and every question one can ask about it."""
+
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from tokenalign.arguments import checked_ids, checked_mask, padding
+from tokenalign.chunks import Alignment, Ints, align_ends, alignment, comparable_ends
+from tokenalign.convention import Convention, detect
+from tokenalign.flags import Flag, TokenFlags
+from tokenalign.relation import Relation, VocabMap, collisions, relation
+from tokenalign.report import Report, make_report
+from tokenalign.respelling import Respelling, TeacherText
+from tokenalign.source import load
+from tokenalign.vocabulary import Vocabulary, vocabulary_of
+
+THINK_TAGS = ("<think>", "</think>")
+"""Tags even where no template names them."""
+END = b"\xff"
+"""Stands for any end of turn; no text contains this byte."""
+
+
+class Pair:
+    """A student's and a teacher's tokenizer.
+
+    Args:
+        student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object with `.backend_tokenizer`.
+        teacher: Likewise.
+        student_size: Ids of the student's output where the model is padded beyond its tokenizer; such ids are UNMAPPED.
+        teacher_size: Likewise.
+
+    Raises:
+        FileNotFoundError: A path does not exist or holds no tokenizer.json.
+        ValueError: A tokenizer is of an unsupported kind, or a size is smaller than its tokenizer.
+    """
+
+    def __init__(
+        self, student: Any, teacher: Any, *, student_size: int | None = None, teacher_size: int | None = None
+    ) -> None:
+        sources = load(student), load(teacher)
+        self.names = sources[0].name, sources[1].name
+        self.student = vocabulary_of(sources[0], student_size)
+        self.teacher = vocabulary_of(sources[1], teacher_size)
+        self.conventions: tuple[Convention, Convention] = (
+            detect(sources[0], self.student, sources[0].chat_template),
+            detect(sources[1], self.teacher, sources[1].chat_template),
+        )
+        found = (tag for convention in self.conventions for tag in convention.reasoning_tags)
+        self.tags: tuple[str, ...] = tuple(dict.fromkeys([*THINK_TAGS, *found]))
+
+    @cached_property
+    def vocab(self) -> VocabMap:
+        """Which ids of one side mean the same as which of the other."""
+        return VocabMap.between(self.student, self.teacher)
+
+    @cached_property
+    def collisions(self) -> NDArray[np.int64]:
+        """Ids that both vocabularies have but that mean different bytes or roles, ascending."""
+        return collisions(self.student, self.teacher)
+
+    @cached_property
+    def relation(self) -> Relation:
+        """How the two tokenizers are related, conventions aside."""
+        return relation(self.student, self.teacher)
+
+    def align(self, student_ids: ArrayLike, teacher_ids: ArrayLike) -> Alignment:
+        """Chunks of one text that both sides tokenized.
+
+        End-of-turn tokens of the two sides count as equal text, bos and padding as none. Where the texts differ otherwise,
+        `ok` is False and the difference lies in one chunk.
+
+        Args:
+            student_ids: `[m]`
+            teacher_ids: `[n]`
+
+        Raises:
+            ValueError: An id is negative or beyond its tokenizer, or an argument has not one axis.
+        """
+        student, student_ends = self._neutral(0, checked_ids(student_ids, self.student, axes=1))
+        teacher, teacher_ends = self._neutral(1, checked_ids(teacher_ids, self.teacher, axes=1))
+        if student != teacher:
+            student_ends, teacher_ends = comparable_ends(student, teacher, student_ends, teacher_ends)
+        return alignment(*align_ends(student_ends, teacher_ends), ok=student == teacher)
+
+    def _neutral(self, side: int, ids: Ints) -> tuple[bytes, Ints]:
+        """Text and byte ends `[N]` of ids `[N]`, the same for both sides' ways of opening and ending."""
+        vocabulary, convention = (self.student, self.teacher)[side], self.conventions[side]
+        silent = {convention.bos, convention.pad} - convention.turn_end
+        pieces = [
+            END if id in convention.turn_end else b"" if id in silent else vocabulary.pieces[id] for id in ids.tolist()
+        ]
+        return b"".join(pieces), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+
+    def flags(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TokenFlags:
+        """Why each position of a batch may be about spelling rather than text.
+
+        Every run of unmasked tokens is read as the middle of a text, on its own: neither padding nor prompt has a say.
+
+        Args:
+            ids: `[B, T]` student tokens, padded on either side.
+            response_mask: `[B, T]` True where the student wrote; everything else is PROMPT.
+
+        Raises:
+            ValueError: An id is negative or beyond the tokenizer, or the mask has another shape.
+        """
+        ids, outside = self._outside(ids, response_mask)
+        segments = self._respelling.look_up(ids, outside == 0)
+        bits = (
+            outside
+            | self._id_bits[ids]
+            | np.where((outside == 0) & self._ends[ids], Flag.EOS_CLASS, 0).astype(np.uint16)
+        )
+        bits.flat[segments.places] |= segments.bits()
+        return TokenFlags(ids=ids, bits=bits)
+
+    def to_teacher(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TeacherText:
+        """The teacher's own spelling of each row's text, aligned with the student's tokens.
+
+        A turn that the student ended is ended as the teacher ends turns; no bos is added. Arguments and errors as `flags`.
+        """
+        ids, outside = self._outside(ids, response_mask)
+        return self._respelling.look_up(ids, outside == 0).teacher_text(ids.shape)
+
+    def report(self) -> Report:
+        """What a user must know about the two before training."""
+        return make_report(self)
+
+    @cached_property
+    def _respelling(self) -> Respelling:
+        to_teacher = self.vocab.to_teacher
+        return Respelling(
+            self.student, self.teacher, to_teacher=to_teacher, controls=self._controls(to_teacher), tags=self.tags
+        )
+
+    def _controls(self, to_teacher: NDArray[np.int32]) -> dict[int, int | None]:
+        """Student ids that stand for no text, and the teacher's token for each, None where it has none."""
+        student, teacher = self.conventions
+        silent = np.flatnonzero(self.student.special | (self.student.lengths == 0)).tolist()
+        tags = {tag.encode() for tag in self.tags}
+        ids = {id for id in silent if self.student.pieces[id] not in tags} | student.turn_end
+        controls = {id: int(to_teacher[id]) if to_teacher[id] >= 0 else None for id in ids}
+        for id in student.turn_end:
+            if teacher.turn_end and controls[id] not in teacher.turn_end:
+                controls[id] = teacher.own_turn_end
+        return controls
+
+    @cached_property
+    def _id_bits(self) -> NDArray[np.uint16]:
+        """`[V_s]` what an id alone tells."""
+        bits = np.where(self.student.special, Flag.SPECIAL, 0) | np.where(self.vocab.to_teacher < 0, Flag.UNMAPPED, 0)
+        return bits.astype(np.uint16)
+
+    @cached_property
+    def _ends(self) -> NDArray[np.bool_]:
+        return _member(self.student, self.conventions[0].turn_end)
+
+    @cached_property
+    def _pads(self) -> NDArray[np.bool_]:
+        """Padding by the student's token, or by the teacher's where the student has it too."""
+        own, teacher = self.conventions[0].pad, self.conventions[1].pad
+        pads = {own, None if teacher is None else int(self.vocab.to_student[teacher])} - {None, -1}
+        return _member(self.student, pads)
+
+    def _outside(self, ids: ArrayLike, response_mask: ArrayLike | None) -> tuple[Ints, NDArray[np.uint16]]:
+        """The checked ids and where they are PAD or PROMPT, both `[B, T]`."""
+        ids = checked_ids(ids, self.student, axes=2)
+        mask = np.ones(ids.shape, bool) if response_mask is None else checked_mask(response_mask, ids.shape)
+        pad = padding(self._pads[ids], self._ends[ids])
+        return ids, np.where(mask, 0, Flag.PROMPT).astype(np.uint16) | np.where(pad, Flag.PAD, 0).astype(np.uint16)
+
+
+def _member(vocabulary: Vocabulary, ids: Iterable[int]) -> NDArray[np.bool_]:
+    member = np.zeros(vocabulary.size, bool)
+    member[list(ids)] = True
+    return member
