@@ -51,9 +51,11 @@ class Convention:
 
 
 def detect(source: Source, vocabulary: Vocabulary, template: str | None) -> Convention:
+    """`Convention.detect` for a tokenizer that is read already."""
     declared = {key: vocabulary.id_of(content) for key, content in source.special.items()}
     eos, pad = declared.get("eos_token"), declared.get("pad_token")
-    ends = source.end_ids | ({eos} if eos is not None else set())
+    named = source.end_ids | ({eos} if eos is not None else set())
+    ends = frozenset(id for id in named if id < vocabulary.size)
     plain = Convention(
         bos=_added_bos(source, vocabulary),
         turn_end=ends,
@@ -65,8 +67,9 @@ def detect(source: Source, vocabulary: Vocabulary, template: str | None) -> Conv
 
 def _added_bos(source: Source, vocabulary: Vocabulary) -> int | None:
     """The control token that the tokenizer itself puts before a text."""
-    ids = source.tokenizer.encode("a").ids
-    return ids[0] if ids and vocabulary.special[ids[0]] else None
+    encoding = source.tokenizer.encode("a")
+    first = next((id for id, live in zip(encoding.ids, encoding.attention_mask, strict=True) if live), None)
+    return first if first is not None and vocabulary.special[first] else None
 
 
 def _pad_of(source: Source, vocabulary: Vocabulary) -> int | None:
@@ -131,7 +134,7 @@ def _opening(renderer: _Renderer, asked: str) -> str | None:
     turns = renderer.attempt(("user", _USER), ("assistant", _ASSISTANT), ("user", _USER_2))
     if first is None or turns.count(first[0]) != 1:
         return None
-    # A header such as <|system|> of a default system prompt also occurs once; it opens an explicit one without the default.
+    # The header of a default system prompt, such as <|system|>, occurs once too; alone, it also opens an explicit one.
     explicit = renderer.attempt(("system", _SYSTEM), ("user", _USER)).partition(_SYSTEM)[0]
     declared = renderer.special.get("bos_token") == first[0]
     return first[0] if declared or explicit.strip() != first[0] else None

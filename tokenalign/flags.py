@@ -65,10 +65,10 @@ class TokenFlags:
         """`[B, T]` True where the loss may look. No policy keeps padding or prompt.
 
         Args:
-            policy: `paper` drops the first occurrence in each row of each piece of a tag that the teacher spells otherwise,
-                and of an end-of-turn token. `tags` drops every such piece, and end-of-turn tokens that the teacher spells
-                otherwise. `canonical` drops every position that the teacher spells otherwise. `strict` drops whatever
-                carries any flag but EOS_CLASS.
+            policy: `paper` drops the first occurrence in each row of each piece of a tag that the teacher spells
+                otherwise, and of an end-of-turn token. `tags` drops every such piece, and end-of-turn tokens that the
+                teacher spells otherwise. `canonical` drops every position that the teacher spells otherwise. `strict`
+                drops whatever carries any flag but EOS_CLASS.
             end_class: Keep end-of-turn tokens, for a loss that scores them as one class; `strict` drops them still.
 
         Raises:

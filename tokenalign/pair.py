@@ -27,7 +27,8 @@ class Pair:
     """A student's and a teacher's tokenizer.
 
     Args:
-        student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object with `.backend_tokenizer`.
+        student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object that has one as its
+            `.backend_tokenizer`.
         teacher: Likewise.
         student_size: Ids of the student's output where the model is padded beyond its tokenizer; such ids are UNMAPPED.
         teacher_size: Likewise.
@@ -69,8 +70,8 @@ class Pair:
     def align(self, student_ids: ArrayLike, teacher_ids: ArrayLike) -> Alignment:
         """Chunks of one text that both sides tokenized.
 
-        End-of-turn tokens of the two sides count as equal text, bos and padding as none. Where the texts differ otherwise,
-        `ok` is False and the difference lies in one chunk.
+        End-of-turn tokens of the two sides count as equal text, bos and padding as none. Where the texts differ
+        otherwise, `ok` is False and the difference lies in one chunk.
 
         Args:
             student_ids: `[m]`
@@ -119,7 +120,8 @@ class Pair:
     def to_teacher(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TeacherText:
         """The teacher's own spelling of each row's text, aligned with the student's tokens.
 
-        A turn that the student ended is ended as the teacher ends turns; no bos is added. Arguments and errors as `flags`.
+        A turn that the student ended is ended as the teacher ends turns; no bos is added. Arguments and errors as
+        `flags`.
         """
         ids, outside = self._outside(ids, response_mask)
         return self._respelling.look_up(ids, outside == 0).teacher_text(ids.shape)
@@ -161,8 +163,8 @@ class Pair:
     def _pads(self) -> NDArray[np.bool_]:
         """Padding by the student's token, or by the teacher's where the student has it too."""
         own, teacher = self.conventions[0].pad, self.conventions[1].pad
-        pads = {own, None if teacher is None else int(self.vocab.to_student[teacher])} - {None, -1}
-        return _member(self.student, pads)
+        pads = [own, None if teacher is None else int(self.vocab.to_student[teacher])]
+        return _member(self.student, (id for id in pads if id is not None and id >= 0))
 
     def _outside(self, ids: ArrayLike, response_mask: ArrayLike | None) -> tuple[Ints, NDArray[np.uint16]]:
         """The checked ids and where they are PAD or PROMPT, both `[B, T]`."""

@@ -57,13 +57,13 @@ class Report:
         """The sentence that a user needs."""
         if self.relation is Relation.DIFFERENT:
             return (
-                "Student ids mean nothing to this teacher: give it pair.to_teacher(ids), compare where a chunk starts on "
-                'both sides, and use policy "canonical".'
+                "Student ids mean nothing to this teacher: give it pair.to_teacher(ids), compare where a chunk starts "
+                'on both sides, and use policy "canonical".'
             )
         if self.policy == "canonical":
             return (
-                f"The teacher splits {self.split_otherwise:.0%} of ordinary text otherwise, so its log-probabilities of "
-                'the student\'s tokens punish spelling: use policy "canonical".'
+                f"The teacher splits {self.split_otherwise:.0%} of ordinary text otherwise, so its log-probabilities "
+                'of the student\'s tokens punish spelling: use policy "canonical".'
             )
         wrong = [repr(tag) for tag, (ours, theirs) in self.tags.items() if ours != theirs]
         wrong += [] if self.ends_alike else ["the end of a turn"]

@@ -1,6 +1,6 @@
 """Student tokens against the teacher's own spelling of the same text."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -56,10 +56,10 @@ class Segments:
         student_chunk.flat[self.places] = np.where(chunk < 0, -1, chunk + np.repeat(before, self.counts))
         same.flat[self.places] = (chunk >= 0) & (known.bits[student] & Flag.NORMALISED == 0)
         teacher_chunk = known.teacher_chunk[teacher] + np.repeat(before, teacher_counts)
-        by_row = zip(student_chunk, np.split(teacher_chunk, first_token[1:-1]), same.all(axis=1).tolist(), strict=True)
+        by_row = zip(student_chunk, np.split(teacher_chunk, first_token[1:-1]), same, strict=True)
         return TeacherText(
             ids=np.split(known.teacher_ids[teacher], first_token[1:-1]),
-            alignments=[alignment(ours, theirs, ok=ok) for ours, theirs, ok in by_row],
+            alignments=[alignment(ours, theirs, ok=bool(ok.all())) for ours, theirs, ok in by_row],
         )
 
 
@@ -70,7 +70,7 @@ class Respelling:
         student: The student's bytes.
         teacher: The teacher's bytes.
         to_teacher: `[V_s]` teacher id per student id, -1 for none.
-        controls: Student ids that stand for no text, and what the teacher writes for each; None: its text as plain text.
+        controls: Student ids that stand for no text, and what the teacher writes for each; None: its text in plain.
         tags: Reasoning tags.
     """
 
@@ -125,7 +125,7 @@ class Respelling:
             tags=self._tags,
         )
 
-    def _spell(self, first: list[int], texts: list[bytes]) -> list[list[int]]:
+    def _spell(self, first: list[int], texts: Sequence[bytes]) -> list[list[int]]:
         """The teacher's ids per segment, given each one's first student id; a control token is a segment of its own."""
         own = [self._controls.get(id) for id in first]
         ordinary = iter(self._speller.spell([text for id, text in zip(own, texts, strict=True) if id is None]))

@@ -1,7 +1,7 @@
 """Segments: stretches of a batch whose flags depend on nothing outside them, analysed once and remembered.
 
-A row is cut at control tokens, at the ends of its text and, where the teacher's tokenizer allows it, between a word and a
-blank. What remains repeats from call to call, so that nearly every token is looked up and not spelled again.
+A row is cut at control tokens, at the ends of its text and, where the teacher's tokenizer allows it, between a word and
+a blank. What remains repeats from call to call, so that nearly every token is looked up and not spelled again.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,8 +56,8 @@ class SegmentMemory:
     Args:
         analyse: Called with the segments that are not known, each once.
         size: Ids of the vocabulary.
-        capacity: Student tokens to remember; beyond it everything is forgotten at the start of a call, so that memory is
-            bounded by the capacity (about 20 bytes a token) and one batch.
+        capacity: Student tokens to remember; beyond it everything is forgotten at the start of a call, so that memory
+            is bounded by the capacity (about 20 bytes a token) and one batch.
     """
 
     def __init__(self, analyse: Analyser, *, size: int, capacity: int = 1 << 20) -> None:

@@ -26,8 +26,8 @@ def load(side: Any) -> Source:
     """Read one side of a pair.
 
     Args:
-        side: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object whose `backend_tokenizer`
-            is one (its `chat_template` and `special_tokens_map` are used where present).
+        side: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object whose
+            `backend_tokenizer` is one (its `chat_template` and `special_tokens_map` are used where present).
 
     Raises:
         FileNotFoundError: The path does not exist or holds no `tokenizer.json`.

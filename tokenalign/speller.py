@@ -53,8 +53,8 @@ class Speller:
     def splits_at_blanks(self, tags: Sequence[str]) -> bool:
         """True if cutting a text between an ASCII letter or digit and a blank changes no token.
 
-        It cannot where no token reaches across such a place: then no merge does. The probes guard against normalisers and
-        added tokens that look further than their own text.
+        It cannot where no token reaches across such a place: then no merge does. The probes guard against normalisers
+        and added tokens that look further than their own text.
         """
         vocabulary = self.vocabulary
         texts = [piece for piece, special in vocabulary.keys if not special] + [tag.encode() for tag in tags]

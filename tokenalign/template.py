@@ -6,15 +6,19 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, nodes
+from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 MAX_CHARACTERS = 1_000_000
 """Of the output, and of any text or list that a template builds by `*`, `+` or `~`."""
 MAX_STEPS = 200_000
 """Loop passes, calls and operators in one rendering."""
+
+_MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+"""What a template's own mistakes raise."""
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
@@ -132,7 +136,7 @@ def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
 class _Generation(Extension):
     """`{% generation %}` marks what a trainer learns from; here it is transparent."""
 
-    tags = frozenset(["generation"])
+    tags = {"generation"}  # noqa: RUF012 (so does the base class)
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         next(parser.stream)

@@ -123,7 +123,7 @@ def _vocabulary(text: str, name: str, size: int | None) -> Vocabulary:
 
 
 def parts(component: Mapping[str, Any] | None) -> Iterator[dict[str, Any]]:
-    """A normaliser, pre-tokenizer or decoder of a `tokenizer.json`, or the members of a sequence, flattened in order."""
+    """A normaliser, pre-tokenizer or decoder of a `tokenizer.json`, or a sequence's members, in order."""
     if component is None:
         return
     members = next((component[key] for key in ("normalizers", "pretokenizers", "decoders") if key in component), None)
