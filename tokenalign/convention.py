@@ -62,7 +62,7 @@ def detect(source: Source, vocabulary: Vocabulary, template: str | None) -> Conv
         pad=_pad_of(source, vocabulary) if pad is None else pad,
         own_turn_end=min(ends, default=None) if eos is None else eos,
     )
-    return plain if template is None else _rendered(plain, _Renderer(template, source, vocabulary))
+    return plain if template is None else _rendered(plain, template, source, vocabulary)
 
 
 def _added_bos(source: Source, vocabulary: Vocabulary) -> int | None:
@@ -81,19 +81,30 @@ def _pad_of(source: Source, vocabulary: Vocabulary) -> int | None:
 
 
 class _Renderer:
-    """One template, and the control tokens in what it renders."""
+    """One template, and the control tokens in what it renders.
 
-    def __init__(self, template: str, source: Source, vocabulary: Vocabulary) -> None:
-        self.template, self.special = template, source.special
+    Args:
+        in_parts: Give each content as a list of typed parts, as templates of multi-modal models ask.
+    """
+
+    def __init__(self, template: str, source: Source, vocabulary: Vocabulary, *, in_parts: bool = False) -> None:
+        self.template, self.special, self.in_parts = template, source.special, in_parts
         self.ids = {entry["content"]: id for id, entry in vocabulary.added.items() if entry["special"]}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     def __call__(self, *messages: tuple[str, str], reasoning: str | None = None, prompt: bool = False) -> str:
-        conversation = [{"role": role, "content": content} for role, content in messages]
+        conversation: list[dict[str, Any]] = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self.in_parts else text}
+            for role, text in messages
+        ]
         if reasoning is not None:
             conversation[-1]["reasoning_content"] = reasoning
-        return render(self.template, conversation, add_generation_prompt=prompt, **self.special)
+        rendered = render(self.template, conversation, add_generation_prompt=prompt, **self.special)
+        for _, text in messages:
+            if text not in rendered:
+                raise ValueError("the chat template leaves out what a message says")
+        return rendered
 
     def attempt(self, *messages: tuple[str, str], **options: Any) -> str:
         """The text, empty where the template refuses such a conversation."""
@@ -102,70 +113,92 @@ class _Renderer:
         except ValueError:
             return ""
 
+    def tail(self, text: str) -> str:
+        """What ends a turn at the start of a text: one control token and what follows it up to the next."""
+        controls = [match.start() for match in self.control.finditer(text)]
+        return text[: controls[1]] if len(controls) > 1 else text
 
-def _rendered(plain: Convention, renderer: _Renderer) -> Convention:
+
+_QUESTION, _ANSWER = ("user", _USER), ("assistant", _ASSISTANT)
+
+
+def _rendered(plain: Convention, template: str, source: Source, vocabulary: Vocabulary) -> Convention:
     """Complete what is declared by what the template shows."""
-    question, answer = ("user", _USER), ("assistant", _ASSISTANT)
-    try:
-        asked, answered = renderer(question), renderer(question, answer)
-        asking = renderer(question, prompt=True)
-    except ValueError as error:
-        return replace(plain, problem=str(error))
-    roles = _roles(renderer, asked, answered)
-    bos = _opening(renderer, asked)
-    generation = asking.removeprefix(asked) if asking.startswith(asked) else asking.partition(_USER)[2]
+    problem = ""
+    for in_parts in (False, True):
+        renderer = _Renderer(template, source, vocabulary, in_parts=in_parts)
+        try:
+            return _shown(plain, renderer, renderer(_QUESTION), renderer(_QUESTION, _ANSWER))
+        except ValueError as error:
+            problem = problem or str(error)
+    return replace(plain, problem=problem)
+
+
+def _shown(plain: Convention, renderer: _Renderer, asked: str, answered: str) -> Convention:
+    """Read the renderings of a question, and of a question and its answer."""
+    question_tail = renderer.tail(asked.partition(_USER)[2])
+    user, assistant = _user_header(renderer, asked, answered), _between(answered, question_tail)
+    opening = _opening(renderer, asked, user)
+    system, default = _system(renderer, opening, asked, user)
+    generation = renderer(_QUESTION, prompt=True).partition(_USER)[2].removeprefix(question_tail)
     end = renderer.control.search(answered.partition(_ASSISTANT)[2])
     own_end = renderer.ids[end[0]] if end else plain.own_turn_end
+    first = renderer.control.match(opening)
     return replace(
         plain,
-        bos=plain.bos if bos is None else renderer.ids[bos],
+        bos=renderer.ids[first[0]] if first else plain.bos,
         turn_end=plain.turn_end | ({own_end} if own_end is not None else set()),
         own_turn_end=own_end,
-        roles={role: header.removeprefix(bos or "") for role, header in roles.items()},
+        roles={"user": user, "assistant": assistant} | ({} if system is None else {"system": system}),
         generation_prefix=generation,
-        default_system=_default_system(renderer, asked.removeprefix(bos or ""), roles),
-        reasoning_tags=_reasoning_tags(renderer, generation.removeprefix(roles["assistant"])),
+        default_system=default,
+        reasoning_tags=_reasoning_tags(renderer, generation.removeprefix(assistant)),
     )
 
 
-def _opening(renderer: _Renderer, asked: str) -> str | None:
-    """A control token that opens the conversation but no turn: the next turn does not begin with it."""
-    first = renderer.control.match(asked)
-    turns = renderer.attempt(("user", _USER), ("assistant", _ASSISTANT), ("user", _USER_2))
-    if first is None or turns.count(first[0]) != 1:
-        return None
-    # The header of a default system prompt, such as <|system|>, occurs once too; alone, it also opens an explicit one.
-    explicit = renderer.attempt(("system", _SYSTEM), ("user", _USER)).partition(_SYSTEM)[0]
-    declared = renderer.special.get("bos_token") == first[0]
-    return first[0] if declared or explicit.strip() != first[0] else None
+def _between(answered: str, question_tail: str) -> str:
+    """The header of the assistant's turn."""
+    return answered.partition(_USER)[2].partition(_ASSISTANT)[0].removeprefix(question_tail)
 
 
-def _roles(renderer: _Renderer, asked: str, answered: str) -> dict[str, str]:
-    """The header of each role that the template accepts, where one turn follows another if possible."""
-    end = answered.partition(_ASSISTANT)[2]
-    turns = renderer.attempt(("user", _USER), ("assistant", _ASSISTANT), ("user", _USER_2))
-    user = turns.partition(_ASSISTANT)[2].partition(_USER_2)[0] or asked.partition(_USER)[0]
-    roles = {
-        "user": user.removeprefix(end),
-        "assistant": answered.partition(_USER)[2].partition(_ASSISTANT)[0].removeprefix(asked.partition(_USER)[2]),
-    }
-    system = renderer.attempt(("system", _SYSTEM), ("user", _USER))
-    return roles | ({"system": system.partition(_SYSTEM)[0]} if _SYSTEM in system else {})
+def _user_header(renderer: _Renderer, asked: str, answered: str) -> str:
+    """Read where a second question follows an answer, so that nothing which opens the conversation is in it."""
+    turns = renderer.attempt(_QUESTION, _ANSWER, ("user", _USER_2))
+    answer_tail = renderer.tail(answered.partition(_ASSISTANT)[2])
+    return turns.partition(_ASSISTANT)[2].partition(_USER_2)[0].removeprefix(answer_tail) or asked.partition(_USER)[0]
 
 
-def _default_system(renderer: _Renderer, asked: str, roles: Mapping[str, str]) -> str | None:
-    """What precedes the first user turn, without the headers and ends of turns."""
-    added = asked.partition(_USER)[0].removesuffix(roles["user"])
-    explicit = renderer.attempt(("system", _SYSTEM), ("user", _USER))
-    before, _, after = explicit.partition(_SYSTEM)
-    bare = added.removeprefix(before).removesuffix(after.partition(_USER)[0].removesuffix(roles["user"]))
-    return bare.strip() or None
+def _opening(renderer: _Renderer, asked: str, user: str) -> str:
+    """The control tokens that open a conversation but no turn: the next turn does not begin with them."""
+    turns = renderer.attempt(_QUESTION, _ANSWER, ("user", _USER_2))
+    explicit = renderer.attempt(("system", _SYSTEM), _QUESTION).partition(_SYSTEM)[0]
+    opening = ""
+    while (token := renderer.control.match(asked, len(opening))) and turns.count(token[0]) == 1:
+        longer = opening + token[0]
+        # The header of a default system prompt, such as <|system|>, occurs once too; it alone opens an explicit one.
+        header = explicit.strip() == longer and not asked.startswith(longer + user)
+        if header and renderer.special.get("bos_token") != token[0]:
+            break
+        opening = longer
+    return opening
+
+
+def _system(renderer: _Renderer, opening: str, asked: str, user: str) -> tuple[str | None, str | None]:
+    """The header of a system turn, None where the template refuses one, and the prompt that stands there by default."""
+    explicit = renderer.attempt(("system", _SYSTEM), _QUESTION)
+    before, _, after = explicit.removeprefix(opening).partition(_SYSTEM)
+    # By the pattern of the user's header, since the template may put words of its own before the system prompt.
+    patterns = (user.replace("user", "system"), user.replace("USER", "SYSTEM"))
+    header = next((pattern for pattern in patterns if pattern != user and before.startswith(pattern)), before)
+    tail = after.partition(_USER)[0].removesuffix(user)
+    default = asked.removeprefix(opening).partition(_USER)[0].removesuffix(user)
+    return header if explicit else None, default.removeprefix(header).removesuffix(tail).strip() or None
 
 
 def _reasoning_tags(renderer: _Renderer, opening: str) -> tuple[str, ...]:
     """The tags around a message's reasoning, or the one that the generation prefix opens."""
-    shown = renderer.attempt(("user", _USER), ("assistant", _ASSISTANT), reasoning=_REASONING)
-    around = re.search(rf"(<[^<>\s]+>)\s*{_REASONING}\s*(<[^<>\s]+>)", shown)
+    shown = renderer.attempt(_QUESTION, _ANSWER, reasoning=_REASONING)
+    around = re.search(rf"([<\[]\w+[>\]])\s*{_REASONING}\s*([<\[]/\w+[>\]])", shown)
     if around:
         return around[1], around[2]
     opened = re.search(r"<(\w+)>", opening)

@@ -21,7 +21,7 @@ _MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 """What a template's own mistakes raise."""
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], **variables: Any) -> str:
+def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
     """The text of a conversation.
 
     Args:
