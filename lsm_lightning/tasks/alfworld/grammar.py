@@ -41,8 +41,8 @@ class Scope:
         found = self.state.all_assignments(_query(condition), self.mapping)
         return [self._extended(dict(mapping)) for mapping in found]
 
-    def holds(self, condition: str) -> bool:
-        """Whether there is any such way; an empty condition holds."""
+    def holds(self, condition: str | None) -> bool:
+        """Whether there is any such way; no condition holds always."""
         return not condition or any(True for _ in self.state.all_assignments(_query(condition), self.mapping))
 
     def _extended(self, mapping: Mapping[Any, Any]) -> "Scope":

@@ -50,7 +50,12 @@ class PromptTemplate:
     hide: tuple[str, ...] = ("help", "inventory", "look")
     short_start: bool = True
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Refuse templates that cannot be filled.
+
+        Raises:
+            ConfigurationError: A field is unknown or a brace stands alone; with the known fields.
+        """
         _check("text", self.text, _FIELDS["text"])
         _check("first", self.text if self.first is None else self.first, _FIELDS["text"])
         _check("pair", self.pair, _FIELDS["pair"])

@@ -128,7 +128,7 @@ class AlfworldGames(Task):
         max_new_tokens: Longest answer in one turn, in tokens.
 
     Raises:
-        ConfigurationError: A number is out of range.
+        ConfigurationError: A number is out of range, or the prompt template has an unknown field.
     """
 
     def __init__(
@@ -154,6 +154,7 @@ class AlfworldGames(Task):
         self._world, self._seed, self._test_size = world, seed, test_size
         self._max_turns, self._history, self._give_up_after = max_turns, history, give_up_after
         self._template = prompt if isinstance(prompt, PromptTemplate) else PROMPTS[prompt]
+        self._template.check()
         self._projection: ProjectionName = projection
         self.max_new_tokens = max_new_tokens
 
