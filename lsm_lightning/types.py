@@ -25,14 +25,12 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Completion:
-    """What the student wrote in one turn."""
+    """What the student sampled in one turn."""
 
     ids: Sequence[int]
     """Sampled tokens; the end-of-turn token is the last one unless `truncated`."""
     log_probs: Sequence[float]
     """Nats, of each sampled token under the student at temperature 1 and without top-p."""
-    text: str
-    """The decoded tokens without the end-of-turn token."""
     truncated: bool
     """Whether the length limit, not an end-of-turn token, ended it."""
 
@@ -43,19 +41,20 @@ class Turn:
 
     prompt: Prompt
     completion: Completion
+    answer: str
+    """The completion as text, without the end-of-turn token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
     """One finished episode."""
 
-    task: str
     kind: str
-    """The sort of problem within the task, for reports: an ALFWorld task type, say."""
+    """The sort of problem within its task, for reports: an ALFWorld task type, say."""
     turns: Sequence[Turn]
     reward: float
     """From 0 to 1; 1 is solved. For people to watch, no part of the loss."""
-    invalid_actions: int = 0
+    invalid_actions: int
     """Turns whose answer the environment could not use."""
 
 
@@ -64,13 +63,22 @@ class Support:
     """What a teacher says at each of N response positions."""
 
     ids: Int[Tensor, "n k"]
-    """Token ids, most probable first."""
+    """Token ids, most probable first; every one of them is also in the student's vocabulary."""
     log_probs: Float[Tensor, "n k"]
-    """Nats, over the whole vocabulary: `exp` of a row sums to 1 minus the tail."""
+    """Nats, over the teacher's whole vocabulary: `exp` of a row sums to 1 minus the tail."""
     sampled: Float[Tensor, " n"]
     """Nats: the teacher's log-prob of the token that the student sampled."""
     turn_end: Float[Tensor, " n"]
     """Nats: the teacher's log-prob of ending the turn, all its end-of-turn tokens together."""
+
+    def rows(self, index: Int[Tensor, " m"]) -> "Support":
+        """The support of some positions only."""
+        return Support(
+            ids=self.ids[index],
+            log_probs=self.log_probs[index],
+            sampled=self.sampled[index],
+            turn_end=self.turn_end[index],
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

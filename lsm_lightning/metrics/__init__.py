@@ -1,0 +1,6 @@
+"""What people watch, as torchmetrics."""
+
+from lsm_lightning.metrics.means import global_means
+from lsm_lightning.metrics.success import SuccessRate
+
+__all__ = ["SuccessRate", "global_means"]

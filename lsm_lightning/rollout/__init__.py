@@ -1,0 +1,6 @@
+"""Rollouts: engines that write answers (chosen in YAML by `class_path`), and the loop that plays episodes."""
+
+from lsm_lightning.rollout.base import Engine, Sampling
+from lsm_lightning.rollout.local import LocalEngine
+
+__all__ = ["Engine", "LocalEngine", "Sampling"]

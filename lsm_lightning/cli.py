@@ -1,0 +1,130 @@
+"""The command line: LightningCLI, with errors in one line and callbacks that every run has."""
+
+import difflib
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lsm_lightning.callbacks import ProgressLine, RunSummary
+from lsm_lightning.datamodule import AlternatingTasks
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.module import OnPolicyDistillation
+
+
+class Parser(LightningArgumentParser):
+    """Reports a mistake in one line, without the pages of usage that argparse puts before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:
+        """Raise what is wrong as a `ConfigurationError`."""
+        raise ConfigurationError(_with_suggestion(_one_line(message), self)) from ex
+
+
+class CLI(LightningCLI):
+    """`fit` and `validate`; the seed is one setting, and progress, summary and checkpoints belong to every run."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The trainer functions that this module has steps for."""
+        own = ("fit", "validate")
+        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in own}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what does not come from the model and the data."""
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.add_lightning_class_args(ProgressLine, "progress")
+        parser.add_lightning_class_args(RunSummary, "summary")
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.filename": "step-{step}",
+                "checkpoint.auto_insert_metric_name": False,
+                "checkpoint.every_n_train_steps": 50,
+                "checkpoint.save_last": True,
+                "checkpoint.save_on_exception": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "enable_model_summary": False,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    # The data module deals out problems to processes itself.
+    "use_distributed_sampler": False,
+}
+
+
+def run(arguments: Sequence[str] | None = None) -> CLI:
+    """Parse and run one command.
+
+    Raises:
+        ConfigurationError: Something the user chose cannot work.
+        SystemExit: After `--help`, or after Ctrl-C once the checkpoint is saved.
+    """
+    _quieten()
+    return CLI(
+        OnPolicyDistillation,
+        AlternatingTasks,
+        args=None if arguments is None else list(arguments),
+        seed_everything_default=0,
+        trainer_defaults=TRAINER_DEFAULTS,
+        parser_class=Parser,
+        save_config_kwargs={"overwrite": True},
+        auto_configure_optimizers=False,
+        load_from_checkpoint_support=False,
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command for a person.
+
+    Returns:
+        The exit status: 0 fine, 2 a mistake in what was asked for (told in one line), 130 after Ctrl-C.
+    """
+    try:
+        cli = run(arguments)
+    except ConfigurationError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted before training began; nothing to save.", file=sys.stderr)
+        return 130
+    del cli
+    return 0
+
+
+def _quieten() -> None:
+    """Leave the screen to what concerns the run."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+
+
+def _one_line(message: str) -> str:
+    """jsonargparse nests what is wrong in indented lines; the innermost ones say it best."""
+    lines = [line.strip(" -") for line in message.strip().splitlines() if line.strip()]
+    return " ".join(lines)
+
+
+def _with_suggestion(message: str, parser: LightningArgumentParser) -> str:
+    """Add the name that was probably meant."""
+    wrong = re.search(r"(?:does not accept option|Option|Key) '([^']+)'", message)
+    if wrong is None:
+        return message
+    known = {action.dest for action in parser._actions}
+    for sub in getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices.values() or ():
+        known |= {action.dest for action in sub._actions}
+    close = difflib.get_close_matches(wrong[1], sorted(known), n=1)
+    return f"{message} Did you mean '{close[0]}'?" if close else message

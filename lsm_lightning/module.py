@@ -1,0 +1,282 @@
+"""One on-policy step: collect, score, mask, then micro-batches, then the optimiser."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jsonargparse import lazy_instance
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from lsm_lightning.datamodule import AlternatingTasks
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.evaluation import evaluate
+from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
+from lsm_lightning.metrics import SuccessRate, global_means
+from lsm_lightning.objectives import LocalSupportMatching, Objective
+from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, turn_end_ids
+from lsm_lightning.rollout import Engine, LocalEngine, Sampling
+from lsm_lightning.rollout.collect import Player, collect
+from lsm_lightning.teacher import Teacher
+from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
+from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches
+
+
+class OnPolicyDistillation(LightningModule):
+    """Trains a student on what it writes itself, under the eyes of one teacher a task.
+
+    Args:
+        student: An embedded model (`embedded:student`), a folder in transformers format, or a hub id.
+        teachers: Task name → teacher; one for each task of the data module.
+        objective: What is compared, and how.
+        engine: Writes the rollouts.
+        sampling: How rollouts and evaluations draw tokens.
+        mask: Which positions the loss leaves out because the two tokenizers merely spell differently.
+        optimizer: Called with the student's parameters.
+        lr_scheduler: Called with the optimizer; stepped once a training step.
+        micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
+            and speed, not the result.
+        gradient_clip: Largest norm of the gradient.
+        dtype: Of the student's weights.
+        chat_template: A jinja2 template that replaces the student tokenizer's own.
+        seed: Of the rollouts; the command line links it to `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        student: str,
+        teachers: dict[str, Teacher],
+        objective: Objective = lazy_instance(LocalSupportMatching),
+        engine: Engine = lazy_instance(LocalEngine),
+        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        mask: MaskPolicy = "tags",
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        micro_batch_tokens: int = 16384,
+        gradient_clip: float = 1.0,
+        dtype: DType = "float32",
+        chat_template: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.student_name = student
+        self.teachers = teachers
+        self.objective = objective
+        self.engine = engine
+        self.sampling = sampling
+        self.mask: MaskPolicy = mask
+        self.optimizer_of = optimizer
+        self.lr_scheduler_of = lr_scheduler
+        self.micro_batch_tokens = micro_batch_tokens
+        self.gradient_clip = gradient_clip
+        self.dtype_name: DType = dtype
+        self.chat_template = chat_template
+        self.seed = seed
+        self.on_rollout_progress: Callable[[int, int], None] | None = None
+        """Told (finished, all) episodes while rollouts run; a progress bar sets it."""
+
+    # ---- set-up -----------------------------------------------------------------------------------------------------
+
+    def setup(self, stage: str) -> None:
+        """Check, before anything heavy is loaded, that tasks and teachers match and that the models can be found.
+
+        Raises:
+            ConfigurationError: A task has no teacher, a teacher no task, or a model or tokenizer is not usable.
+        """
+        tasks = self._data.tasks
+        if missing := sorted(tasks.keys() - self.teachers.keys()):
+            raise ConfigurationError(
+                f"No teacher for the task '{missing[0]}': add one under model.teachers.{missing[0]}, or remove the task."
+            )
+        if idle := sorted(self.teachers.keys() - tasks.keys()):
+            raise ConfigurationError(
+                f"model.teachers.{idle[0]} belongs to no task: data.tasks has {', '.join(sorted(tasks))}."
+            )
+        check_model(self.student_name)
+        for teacher in self.teachers.values():
+            teacher.check()
+
+    def configure_model(self) -> None:
+        """Load student and teachers; shard the student where the strategy is FSDP2 (`ModelParallelStrategy`)."""
+        if hasattr(self, "student"):
+            return
+        self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
+        self.student = load_model(self.student_name, self.dtype_name).train()
+        self.turn_end = turn_end_ids(self.student, self.tokenizer)
+        vocabulary = OutputHead.of(self.student).weight.shape[0]
+        for teacher in self.teachers.values():
+            teacher.setup(self.tokenizer, vocabulary, self.device)
+        if self.device_mesh is not None:
+            self._shard()
+
+    def _shard(self) -> None:
+        """Layers, body and head are FSDP2 units of their own: the head is used apart from the body."""
+        assert self.device_mesh is not None
+        mesh = self.device_mesh["data_parallel"]
+        for layer in self.student.base_model.layers:
+            fully_shard(layer, mesh=mesh)
+        for unit in (self.student.base_model, self.student.get_output_embeddings(), self.student):
+            if not isinstance(unit, FSDPModule):
+                fully_shard(unit, mesh=mesh)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over the student, and its schedule."""
+        optimizer = self.optimizer_of(self.student.parameters())
+        return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
+
+    # ---- one step ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Play the batch's episodes, let the task's teacher score them, and make one update."""
+        seconds: dict[str, float] = {}
+        with _timed(seconds, "rollout"):
+            trajectories = self.rollout(batch)
+        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+        teacher = self.teachers[batch.task]
+        with _timed(seconds, "teacher"):
+            support = teacher.score(turns, self.objective.support_size)
+        with _timed(seconds, "mask"):
+            mask = loss_mask(teacher.pair, turns, self.mask)
+        with _timed(seconds, "update"):
+            totals, gradient_norm = self.update(turns, support, mask)
+        self._data.advance(batch)
+        self._log_step(batch.task, trajectories, mask, totals, gradient_norm, seconds)
+
+    def rollout(self, batch: StepBatch) -> list[Trajectory]:
+        """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
+        self.engine.sync(self.student)
+        task = self._data.tasks[batch.task]
+        episodes = [
+            ((self.seed, batch.step, index, sample), task.episode("train", index))
+            for index in batch.indices
+            for sample in range(batch.samples_per_prompt)
+        ]
+        return collect(
+            episodes, self.player, max_new_tokens=task.max_new_tokens, on_progress=self.on_rollout_progress
+        )
+
+    def update(self, turns: list[Turn], support: Support, mask: LossMask) -> tuple[StepTotals, float]:
+        """One optimiser step; none, with a warning, where no process has a position to learn from.
+
+        Returns:
+            What this process summed up, and the norm of the whole gradient before clipping.
+        """
+        optimizer = self.optimizers()
+        groups = micro_batches(turns, self.micro_batch_tokens)
+        # Sharded weights are gathered by all processes together, so all run equally many micro-batches.
+        groups += [[]] * (self._over_processes(len(groups), "max") - len(groups))
+        kept = self._over_processes(int(mask.keep.sum()), "sum")
+        totals = accumulate_gradients(
+            self.student,
+            self.objective,
+            turns,
+            support,
+            mask.keep.to(self.device),
+            groups=groups,
+            scale=self.trainer.world_size / max(kept, 1),  # gradients are averaged over processes
+            backward=self.manual_backward,
+        )
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.gradient_clip)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if kept == 0:
+            self.print("Skipped a step: the mask left no position to learn from.")
+        else:
+            optimizer.step()
+            if (scheduler := self.lr_schedulers()) is not None:
+                scheduler.step()
+        optimizer.zero_grad()
+        return totals, float(norm)
+
+    # ---- evaluation -------------------------------------------------------------------------------------------------
+
+    def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Measure the student on a task's test split."""
+        score = self.evaluate(batch.task)
+        self.log_dict({f"{batch.task}/eval/{name}": value for name, value in score.items()}, batch_size=1)
+
+    def evaluate(
+        self,
+        task: str,
+        player: Player | None = None,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> dict[str, float]:
+        """Success on the task's test split, over all processes: `value`, `n`, `low` and `high` (95 %).
+
+        Args:
+            task: Its name.
+            player: Who plays; the student as it is now, if not given.
+            on_progress: Told (finished, all) episodes of this process.
+        """
+        if player is None:
+            self.engine.sync(self.student)
+            player = self.player
+        indices = self._data.eval_indices(task)
+        played = evaluate(
+            self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress
+        )
+        rate = SuccessRate().to(self.device)
+        rate.update(torch.tensor([trajectory.reward for trajectory in played], device=self.device))
+        return {name: value.item() for name, value in rate.compute().items()}
+
+    @property
+    def player(self) -> Player:
+        """The student as a writer of answers, with the weights of the last `engine.sync`."""
+        return Player(engine=self.engine, tokenizer=self.tokenizer, turn_end=self.turn_end, sampling=self.sampling)
+
+    # ---- the rest ---------------------------------------------------------------------------------------------------
+
+    def _log_step(
+        self,
+        task: str,
+        trajectories: list[Trajectory],
+        mask: LossMask,
+        totals: StepTotals,
+        gradient_norm: float,
+        seconds: dict[str, float],
+    ) -> None:
+        """Log `task/group/name` numbers, each a mean over all processes."""
+        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+        tokens = sum(len(turn.completion.ids) for turn in turns)
+        sums: dict[str, tuple[float, float]] = {
+            "train/reward": (sum(t.reward for t in trajectories), len(trajectories)),
+            "train/turns": (len(turns), len(trajectories)),
+            "train/invalid_actions": (sum(t.invalid_actions for t in trajectories), len(turns)),
+            "train/truncated": (sum(turn.completion.truncated for turn in turns), len(turns)),
+            "train/response_tokens": (tokens, len(turns)),
+            "train/loss": (totals.loss, totals.kept),
+            **{f"train/{name}": (value, totals.kept) for name, value in totals.metrics.items()},
+            "mask/kept": (totals.kept, tokens),
+            **{f"mask/{reason.lower()}": (count, tokens) for reason, count in mask.reasons.items()},
+            **{f"seconds/{name}": (value, 1) for name, value in seconds.items()},
+        }
+        metrics = {f"{task}/{name}": value for name, value in global_means(sums, self.device).items()}
+        metrics[f"{task}/train/gradient_norm"] = gradient_norm
+        metrics["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict(metrics, batch_size=1)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Name the student, so that a checkpoint tells what it continues."""
+        checkpoint["student"] = self.student_name
+
+    def _over_processes(self, value: int, operation: str) -> int:
+        if self.trainer.world_size == 1:
+            return value
+        return int(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op=operation))
+
+    @property
+    def _data(self) -> AlternatingTasks:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, AlternatingTasks)
+        return data
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started

@@ -1,0 +1,84 @@
+r"""The maths of the objectives: pure functions, no reduction over positions.
+
+Source: arXiv 2603.25562. Notation: $\pi$ the student, $q$ the teacher, $S$ the support (the teacher's top K tokens).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+SupportKind = Literal["renormalise", "tail_bucket", "generalised", "raw"]
+Divergence = Literal["reverse_kl", "forward_kl", "jsd"]
+
+
+def support_divergence(
+    student: Float[Tensor, "*b k"],
+    teacher: Float[Tensor, "*b k"],
+    *,
+    support: SupportKind = "renormalise",
+    divergence: Divergence = "reverse_kl",
+) -> Float[Tensor, "*b"]:
+    r"""Divergence of student and teacher over K gathered tokens, in nats.
+
+    `reverse_kl` is $\sum_{v \in S} \pi_v (\log \pi_v - \log q_v)$, `forward_kl` swaps the two, `jsd` is the mean of
+    both against their mixture. What $\pi$ and $q$ are depends on `support`:
+
+    - `renormalise`: both are divided by their sum over $S$ (arXiv 2603.25562, Eq. 8). Takes any logits.
+    - `tail_bucket`: one more entry holds $1 - \sum_S$ of each side. Takes log-probs, as do the next two.
+    - `generalised`: as they are, plus $\sum_S (q_v - \pi_v)$ (sign swapped for `forward_kl`), which makes it a
+      divergence of unnormalised measures.
+    - `raw`: as they are; not a divergence: its minimum lies at $\pi_S = q_S / e$ and training collapses.
+
+    Computed in float32 or wider. An entry of probability 0 on the weighting side counts 0.
+
+    >>> support_divergence(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0]))
+    tensor(0.)
+    """
+    wide = torch.promote_types(student.dtype, torch.float32)
+    log_pi, log_q = student.to(wide), teacher.to(wide)
+    if support == "renormalise":
+        log_pi, log_q = log_pi.log_softmax(-1), log_q.log_softmax(-1)
+    elif support == "tail_bucket":
+        log_pi, log_q = _with_tail(log_pi), _with_tail(log_q)
+    if divergence == "jsd":
+        mixture = torch.logaddexp(log_pi, log_q) - math.log(2)
+        return (_kl(log_pi, mixture) + _kl(log_q, mixture)) / 2
+    first, second = (log_pi, log_q) if divergence == "reverse_kl" else (log_q, log_pi)
+    value = _kl(first, second)
+    return value + (second.exp() - first.exp()).sum(-1) if support == "generalised" else value
+
+
+def returns_to_go(
+    rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamma: float
+) -> Float[Tensor, "b t"]:
+    r"""Discounted sums of what follows, $\sum_{t' \ge t} \gamma^{t' - t} r_{t'}$; masked positions pay nothing.
+
+    `gamma` 0 is the token-level estimator, 1 the sequence-level one (arXiv 2603.25562, Sec. 3).
+
+    >>> returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]]), gamma=0.5)
+    tensor([[3., 4., 4.]])
+    """
+    paid = rewards.masked_fill(~mask, 0.0)
+    if gamma == 0:
+        return paid
+    following = torch.zeros_like(paid[:, 0])
+    sums = []
+    for reward in paid.unbind(1)[::-1]:
+        following = reward + gamma * following
+        sums.append(following)
+    return torch.stack(sums[::-1], 1)
+
+
+def _kl(log_p: Float[Tensor, "*b k"], log_q: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
+    ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    return (log_p.exp() * ratio).sum(-1)
+
+
+def _with_tail(log_probs: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k1"]:
+    """Append $\\log(1 - \\sum_S)$; rounding may make the sum exceed 1, so it stops short of it."""
+    limit = 1 - torch.finfo(log_probs.dtype).eps
+    inside = log_probs.exp().sum(-1, keepdim=True).clamp(max=limit)
+    return torch.cat((log_probs, torch.log1p(-inside)), -1)

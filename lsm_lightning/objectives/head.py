@@ -1,0 +1,99 @@
+"""The student's output head, without logits for the whole vocabulary.
+
+Local support matching needs K logits a position, so only K rows of the output matrix are multiplied. What needs the
+normaliser (a tail, the sampled token's log-prob) gets it in chunks that are recomputed in the backward pass.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from lsm_lightning.errors import ConfigurationError
+
+GATHER_ELEMENTS = 2**24
+"""At most so many weights are gathered at once (64 MiB in float32)."""
+NORMALISER_ELEMENTS = 2**25
+"""At most so many logits exist at once while the normaliser is computed (128 MiB in float32)."""
+
+
+def gather_logits(
+    hidden: Float[Tensor, "n d"],
+    weight: Float[Tensor, "v d"],
+    ids: Int[Tensor, "n k"],
+    bias: Float[Tensor, " v"] | None = None,
+) -> Float[Tensor, "n k"]:
+    """The logits `hidden @ weight.T + bias` at K chosen ids a position, and no others.
+
+    >>> gather_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1, 0]]))
+    tensor([[2., 1.]])
+    """
+    rows = max(1, GATHER_ELEMENTS // max(1, ids.shape[1] * weight.shape[1]))
+    parts = [
+        torch.bmm(nn.functional.embedding(some_ids, weight), some_hidden.unsqueeze(-1)).squeeze(-1)
+        for some_ids, some_hidden in zip(ids.split(rows), hidden.split(rows), strict=True)
+    ]
+    logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
+    return logits if bias is None else logits + bias[ids]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputHead:
+    """A linear output layer with what some model families do to its logits."""
+
+    weight: Float[Tensor, "v d"]
+    bias: Float[Tensor, " v"] | None = None
+    scale: float = 1.0
+    soft_cap: float | None = None
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> "OutputHead":
+        """The head of a causal language model.
+
+        Raises:
+            ConfigurationError: Its output layer is not linear, so single logits cannot be computed.
+        """
+        layer = model.get_output_embeddings()
+        if not isinstance(layer, nn.Linear):
+            raise ConfigurationError(
+                f"The output layer of {type(model).__name__} is {type(layer).__name__}, not a linear layer: "
+                "its logits cannot be computed one by one. Use a model with a linear head."
+            )
+        config = model.config
+        scale = getattr(config, "logit_scale", None) or 1.0
+        if scaling := getattr(config, "logits_scaling", None):
+            scale = 1.0 / scaling
+        return cls(
+            weight=layer.weight,
+            bias=layer.bias,
+            scale=float(scale),
+            soft_cap=getattr(config, "final_logit_softcapping", None),
+        )
+
+    def logits(self, hidden: Float[Tensor, "n d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        """Logits at K ids a position, in float32 or wider."""
+        return self._finish(gather_logits(hidden, self.weight, ids, self.bias))
+
+    def log_normaliser(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Log-sum-exp of all logits a position; subtract it from logits to get log-probs."""
+        rows = max(1, NORMALISER_ELEMENTS // self.weight.shape[0])
+        parts = [
+            checkpoint(self._log_sum_exp, part, use_reentrant=False) if torch.is_grad_enabled() else
+            self._log_sum_exp(part)
+            for part in hidden.split(rows)
+        ]  # fmt: skip
+        return torch.cat(parts)
+
+    def all_logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
+        """Logits of the whole vocabulary, for callers that take a few rows at a time."""
+        return self._finish(nn.functional.linear(hidden, self.weight, self.bias))
+
+    def _log_sum_exp(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        return self.all_logits(hidden).logsumexp(-1)
+
+    def _finish(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)

@@ -1,0 +1,121 @@
+"""Models and tokenizers by name: the embedded ones, a folder, or a hub id."""
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from lsm_lightning.errors import ConfigurationError
+
+EMBEDDED = "embedded:"
+"""Prefix of the models inside this package, as in `embedded:student`."""
+EMBEDDED_FOLDER = Path(__file__).parent / "embedded"
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def locate(name: str) -> str:
+    """The folder of an embedded model; a path or a hub id as it is.
+
+    Raises:
+        ConfigurationError: No such embedded model; or `name` looks like a path, and there is no such folder.
+    """
+    if name.startswith(EMBEDDED):
+        folder = EMBEDDED_FOLDER / name.removeprefix(EMBEDDED)
+        if not (folder / "config.json").is_file():
+            known = ", ".join(sorted(f"{EMBEDDED}{path.parent.name}" for path in EMBEDDED_FOLDER.glob("*/config.json")))
+            raise ConfigurationError(f"There is no embedded model '{name}'. There are: {known or 'none'}.")
+        return str(folder)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigurationError(f"The folder '{name}' holds no model: config.json is missing.")
+        return str(path)
+    if path.is_absolute() or name.startswith((".", "~")) or name.count("/") != 1:
+        raise ConfigurationError(
+            f"There is no model folder '{name}'. Give a folder in transformers format, a hub id (owner/name) "
+            f"or an embedded model ({EMBEDDED}student)."
+        )
+    return name
+
+
+def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a chat template and a pad token.
+
+    Args:
+        name: An embedded model, a folder or a hub id.
+        chat_template: A jinja2 template that replaces the tokenizer's own; needed where it has none.
+
+    Raises:
+        ConfigurationError: The tokenizer cannot be loaded, is not a fast one, or has no chat template.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"The tokenizer of '{name}' cannot be loaded: {_first_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise ConfigurationError(f"The tokenizer of '{name}' is not a fast one (no tokenizer.json): convert it first.")
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    if not tokenizer.chat_template:
+        raise ConfigurationError(
+            f"The tokenizer of '{name}' has no chat template, so prompts cannot be built. Put a chat_template.jinja "
+            "into its folder, or set `chat_template` in the configuration."
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(name: str, dtype: DType) -> PreTrainedModel:
+    """The model in eval mode on the CPU, from safetensors only.
+
+    Raises:
+        ConfigurationError: The model cannot be loaded.
+    """
+    options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(name), **options)
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"The model '{name}' cannot be loaded: {_first_line(error)}") from error
+    return model.eval()
+
+
+def check_model(name: str) -> None:
+    """Fail early, and without reading weights, where `load_model` could not work.
+
+    Raises:
+        ConfigurationError: The name leads to no readable model configuration.
+    """
+    try:
+        AutoConfig.from_pretrained(locate(name))
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigurationError):
+            raise
+        raise ConfigurationError(f"The model '{name}' cannot be loaded: {_first_line(error)}") from error
+
+
+def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token at which the model ends its turn: of its generation config and of its tokenizer."""
+    config = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = config if isinstance(config, list) else [config]
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+
+
+def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
+    """Token ids of conversations under the tokenizer's chat template, generation prefix included."""
+    texts = [
+        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        for messages in conversations
+    ]
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return ids
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -1,0 +1,55 @@
+"""An engine is a replica of the student that writes answers."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.types import Completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn.
+
+    Args:
+        temperature: Divides the logits; 0 takes the most probable token.
+        top_p: Draw from the smallest set of tokens that holds this much probability (paper: 0.9; 1 for the
+            sampled-token baseline).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.9
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ConfigurationError(f"temperature={self.temperature}: use 0 (greedy) or a positive number.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigurationError(f"top_p={self.top_p}: use a number above 0 and at most 1 (1 draws from all tokens).")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Request:
+    """One answer to be written."""
+
+    ids: Sequence[int]
+    """The prompt's tokens. Requests with equal prompts share one prefill."""
+    seed: int
+    """The answer is a function of the weights, the prompt, the sampling settings and this, whatever else is asked."""
+
+
+class Engine(ABC):
+    """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""
+
+    @abstractmethod
+    def sync(self, model: PreTrainedModel) -> None:
+        """Take over the model's weights; every rank calls it together."""
+
+    @abstractmethod
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+    ) -> list[Completion]:
+        """Answers in the order of the requests; each ends with a token of `turn_end` or is `truncated`."""
