@@ -91,6 +91,10 @@ def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_
     between get an odd position, which no student end has, so that everything between lies in one chunk.
     """
     prefix, suffix = common_ends(student, teacher)
-    shifted = np.where(teacher_ends <= prefix, teacher_ends, teacher_ends + len(student) - len(teacher)) * 2
-    between = (teacher_ends > prefix) & (teacher_ends < len(teacher) - suffix)
-    return student_ends * 2, np.where(between, 2 * prefix + 1, shifted)
+    after = teacher_ends >= len(teacher) - suffix
+    # Where the teacher only inserts, what it inserts joins the chunk before, so that no chunk lacks a student token.
+    inserts = prefix + suffix == len(student)
+    before = (teacher_ends < prefix) | ((teacher_ends == prefix) & (not inserts))
+    between = 2 * prefix + (-1 if inserts else 1)
+    shifted = 2 * (teacher_ends + len(student) - len(teacher))
+    return student_ends * 2, np.where(after, shifted, np.where(before, teacher_ends * 2, between))

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,11 +55,13 @@ class Segments:
         student_chunk, same = np.full(shape, -1), np.ones(shape, bool)
         student_chunk.flat[self.places] = np.where(chunk < 0, -1, chunk + np.repeat(before, self.counts))
         same.flat[self.places] = (chunk >= 0) & (known.bits[student] & Flag.NORMALISED == 0)
+        teacher_ids = known.teacher_ids[teacher]
         teacher_chunk = known.teacher_chunk[teacher] + np.repeat(before, teacher_counts)
-        by_row = zip(student_chunk, np.split(teacher_chunk, first_token[1:-1]), same, strict=True)
+        of_row = [slice(*bounds) for bounds in pairwise(first_token.tolist())]
+        rows_of = zip(student_chunk, of_row, same, strict=True)
         return TeacherText(
-            ids=np.split(known.teacher_ids[teacher], first_token[1:-1]),
-            alignments=[alignment(ours, theirs, ok=bool(ok.all())) for ours, theirs, ok in by_row],
+            ids=[teacher_ids[row] for row in of_row],
+            alignments=[alignment(ours, teacher_chunk[row], ok=bool(ok.all())) for ours, row, ok in rows_of],
         )
 
 
