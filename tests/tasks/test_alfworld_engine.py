@@ -4,6 +4,7 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,12 @@ pytest.importorskip("textworld", reason="needs the alfworld extra")
 
 from lsm_lightning.tasks.alfworld import extra
 from lsm_lightning.tasks.alfworld.engine import NOTHING_HAPPENS, Engine, EnginePool, ground
+from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
 from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.grammar import Scope, TextGrammar, _symbols
 
 REPOSITORY = Path(__file__).parents[2]
+ARCHIVE = REPOSITORY.parent / "shared" / "data" / "alfworld" / "games.tar.xz"
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,14 @@ def test_texts_equal_the_stock_engines(engine, stock, index):
 
 def test_texts_equal_the_stock_engines_in_a_full_room(engine, stock):
     assert_same_play(engine, stock, generate(21, 4, "full"), steps=20)
+
+
+@pytest.mark.skipif(not ARCHIVE.is_file(), reason="the archive of genuine games is not there")
+def test_texts_equal_the_stock_engines_in_a_genuine_game(engine, stock, tmp_path):
+    with tarfile.open(ARCHIVE) as archive:
+        member = next(member for member in archive if member.name.endswith(FILE_NAME))
+        archive.extract(member, tmp_path, filter="data")
+    assert_same_play(engine, stock, read_game(tmp_path / member.name), steps=12)
 
 
 def test_the_comparison_can_fail(engine, stock, monkeypatch):
@@ -137,6 +148,7 @@ def test_playing_leaves_no_folder_no_variable_and_no_heavy_import(tmp_path):
     code = """
 import os, sys
 from lsm_lightning.tasks.alfworld.engine import Engine, ground
+from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
 from lsm_lightning.tasks.alfworld.games import generate
 Engine().start(ground(generate(0, 0)))
 assert "ALFWORLD_DATA" not in os.environ
