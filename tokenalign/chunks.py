@@ -98,3 +98,13 @@ def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_
     between = 2 * prefix + (-1 if inserts else 1)
     shifted = 2 * (teacher_ends + len(student) - len(teacher))
     return student_ends * 2, np.where(after, shifted, np.where(before, teacher_ends * 2, between))
+
+
+def ranges(starts: Ints, counts: Ints) -> Ints:
+    """The integers of several ranges, one after the other.
+
+    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
+    [5, 6, 0, 1, 2]
+    """
+    before = np.cumsum(counts) - counts
+    return np.arange(counts.sum()) + np.repeat(starts - before, counts)

@@ -15,7 +15,7 @@ from tokenalign.relation import Relation, VocabMap, collisions, relation
 from tokenalign.report import Report, make_report
 from tokenalign.respelling import Respelling, TeacherText
 from tokenalign.source import load
-from tokenalign.vocabulary import Vocabulary, vocabulary_of
+from tokenalign.vocabulary import ByteTable, Vocabulary, vocabulary_of
 
 THINK_TAGS = ("<think>", "</think>")
 """Tags even where no template names them."""
@@ -80,20 +80,18 @@ class Pair:
         Raises:
             ValueError: An id is negative or beyond its tokenizer, or an argument has not one axis.
         """
-        student, student_ends = self._neutral(0, checked_ids(student_ids, self.student, axes=1))
-        teacher, teacher_ends = self._neutral(1, checked_ids(teacher_ids, self.teacher, axes=1))
+        ours, theirs = checked_ids(student_ids, self.student, axes=1), checked_ids(teacher_ids, self.teacher, axes=1)
+        tables = self._neutral
+        student, teacher = tables[0].text(ours), tables[1].text(theirs)
+        ends = tables[0].ends(ours), tables[1].ends(theirs)
         if student != teacher:
-            student_ends, teacher_ends = comparable_ends(student, teacher, student_ends, teacher_ends)
-        return alignment(*align_ends(student_ends, teacher_ends), ok=student == teacher)
+            ends = comparable_ends(student, teacher, *ends)
+        return alignment(*align_ends(*ends), ok=student == teacher)
 
-    def _neutral(self, side: int, ids: Ints) -> tuple[bytes, Ints]:
-        """Text and byte ends `[N]` of ids `[N]`, the same for both sides' ways of opening and ending."""
-        vocabulary, convention = (self.student, self.teacher)[side], self.conventions[side]
-        silent = {convention.bos, convention.pad} - convention.turn_end
-        pieces = [
-            END if id in convention.turn_end else b"" if id in silent else vocabulary.pieces[id] for id in ids.tolist()
-        ]
-        return b"".join(pieces), np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+    @cached_property
+    def _neutral(self) -> tuple[ByteTable, ByteTable]:
+        """Bytes per id of both sides, without their ways of opening, ending and padding a text."""
+        return _neutral(self.student, self.conventions[0]), _neutral(self.teacher, self.conventions[1])
 
     def flags(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TokenFlags:
         """Why each position of a batch may be about spelling rather than text.
@@ -172,6 +170,16 @@ class Pair:
         mask = np.ones(ids.shape, bool) if response_mask is None else checked_mask(response_mask, ids.shape)
         pad = padding(self._pads[ids], self._ends[ids])
         return ids, np.where(mask, 0, Flag.PROMPT).astype(np.uint16) | np.where(pad, Flag.PAD, 0).astype(np.uint16)
+
+
+def _neutral(vocabulary: Vocabulary, convention: Convention) -> ByteTable:
+    pieces = list(vocabulary.pieces)
+    for id in (convention.bos, convention.pad):
+        if id is not None:
+            pieces[id] = b""
+    for id in convention.turn_end:
+        pieces[id] = END
+    return ByteTable(pieces)
 
 
 def _member(vocabulary: Vocabulary, ids: Iterable[int]) -> NDArray[np.bool_]:

@@ -11,7 +11,7 @@ from itertools import accumulate, repeat
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.chunks import Ints
+from tokenalign.chunks import Ints, ranges
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,16 +117,6 @@ class SegmentMemory:
 
 def _places(counts: Ints, slots: Ints) -> Ints:
     return ranges((np.cumsum(counts) - counts)[slots], counts[slots])
-
-
-def ranges(starts: Ints, counts: Ints) -> Ints:
-    """The integers of several ranges, one after the other.
-
-    >>> ranges(np.array([5, 0]), np.array([2, 3])).tolist()
-    [5, 6, 0, 1, 2]
-    """
-    before = np.cumsum(counts) - counts
-    return np.arange(counts.sum()) + np.repeat(starts - before, counts)
 
 
 def split(values: bytes, counts: Sequence[int]) -> list[bytes]:

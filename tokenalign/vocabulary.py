@@ -2,13 +2,14 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tokenalign.chunks import ranges
 from tokenalign.source import Source
 
 Spec = dict[str, Any]
@@ -24,6 +25,28 @@ def _byte_level_alphabet() -> dict[int, int]:
 
 
 _ALPHABET = _byte_level_alphabet()
+
+
+class ByteTable:
+    """Bytes per id, laid out so that a whole sequence is read without a loop.
+
+    >>> table = ByteTable([b"a", b"", b"bc"])
+    >>> table.text(np.array([2, 1, 0])), table.ends(np.array([2, 1, 0])).tolist()
+    (b'bca', [2, 2, 3])
+    """
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.lengths: NDArray[np.int64] = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        self._starts = np.cumsum(self.lengths) - self.lengths
+        self._blob = np.frombuffer(b"".join(pieces), np.uint8)
+
+    def ends(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Byte ends `[N]` of a sequence of ids `[N]`."""
+        return np.cumsum(self.lengths[ids])
+
+    def text(self, ids: NDArray[np.int64]) -> bytes:
+        """All bytes of a sequence of ids `[N]`."""
+        return self._blob[ranges(self._starts[ids], self.lengths[ids])].tobytes()
 
 
 class Vocabulary:
@@ -69,17 +92,18 @@ class Vocabulary:
         return (entry["content"] if literal else entry["content"].replace("▁", " ")).encode()
 
     @cached_property
+    def table(self) -> "ByteTable":
+        """The bytes of many ids at once."""
+        return ByteTable(self.pieces)
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """`[V]` bytes per id."""
-        return np.fromiter(map(len, self.pieces), np.int64, self.size)
+        return self.table.lengths
 
-    @cached_property
-    def _starts(self) -> NDArray[np.int64]:
-        return np.cumsum(self.lengths) - self.lengths
-
-    @cached_property
-    def _blob(self) -> NDArray[np.uint8]:
-        return np.frombuffer(b"".join(self.pieces), np.uint8)
+    def text(self, ids: NDArray[np.int64]) -> bytes:
+        """All bytes of a sequence of ids `[N]`."""
+        return self.table.text(ids)
 
     @cached_property
     def ends_word(self) -> NDArray[np.bool_]:
@@ -90,13 +114,6 @@ class Vocabulary:
     def starts_blank(self) -> NDArray[np.bool_]:
         """`[V]` True where the bytes start with a space or a line feed."""
         return np.fromiter((piece[:1] in (b" ", b"\n") for piece in self.pieces), bool, self.size)
-
-    def text(self, ids: NDArray[np.int64]) -> bytes:
-        """All bytes of a sequence of ids `[N]`."""
-        lengths = self.lengths[ids]
-        first = np.cumsum(lengths) - lengths
-        within = np.arange(lengths.sum()) - np.repeat(first, lengths)
-        return self._blob[np.repeat(self._starts[ids], lengths) + within].tobytes()
 
     def id_of(self, content: str | None) -> int | None:
         """The id of an added or ordinary token by its exact text, None where there is none."""

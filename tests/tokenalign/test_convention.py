@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from conftest import CHAT, IM_END, SPECIAL, Wrapped, train, with_tokens
+from tokenizer_kit import CHAT, IM_END, SPECIAL, Wrapped, train, with_tokens
 from tokenizers import Tokenizer, models, processors
 
 from tokenalign import Convention, Pair

@@ -1,8 +1,10 @@
+import json
+
 import numpy as np
 import pytest
-from conftest import END, IM_END, TAGS, Wrapped, train, train_metaspace, unreachable, with_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizer_kit import END, IM_END, TAGS, Wrapped, train, train_metaspace, unreachable, with_tokens
 from tokenizers import Tokenizer
 
 import tokenalign as ta
@@ -12,7 +14,7 @@ RESPONSE = "<think>12 + 30</think>\\boxed{42}\n<think>\n<|im_end|>"
 SEVERAL = RESPONSE.replace("\n<|im", "the thick</think><|im_end|> and more<|im")
 
 pieces = st.sampled_from(
-    ["<think>", "</think>", " the", " think", "ink", "<", ">", "\n", "  ", "é", "🙂", "42", ".", "a", "東"]
+    ["<think>", "</think>", " think", "ink", "<", ">", " the", "\n", "  ", "é", "e\u0301", "🙂", "42", ".", "a", "東"]
 )
 texts = st.lists(pieces, max_size=12).map("".join)
 
@@ -59,14 +61,14 @@ def test_paper_drops_the_first_of_each_piece_and_of_the_end_of_turn(pair, base):
 @pytest.fixture(scope="module")
 def qwen_like() -> Tokenizer:
     """Its own spelling of `<think>` is `<th` `ink` `>`; `think` is a token that it has for other places."""
-    spec = ta.vocabulary.json.loads(train(special=["<|endoftext|>", "<|im_end|>"], vocab_size=256 + 2).to_str())
+    spec = json.loads(train(special=["<|endoftext|>", "<|im_end|>"], vocab_size=256 + 2).to_str())
     vocab, merges = spec["model"]["vocab"], spec["model"]["merges"]
     for left, right in [("<", "t"), ("<t", "h"), ("t", "h"), ("i", "n"), ("in", "k"), ("th", "ink")]:
         vocab[left + right] = len(vocab)
         merges.append([left, right])
     # One word, as the pre-tokenizer of such models keeps `<think` together.
     spec["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
-    return Tokenizer.from_str(ta.vocabulary.json.dumps(spec))
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 def test_paper_case_drops_exactly_the_three_tokens_that_the_paper_names(qwen_like):
@@ -282,7 +284,7 @@ def test_report_fits_a_screen_and_ends_with_what_to_do(pair):
     assert "'<think>', '</think>', the end of a turn" in lines[-1]
     assert 'policy "tags"' in lines[-1]
     assert pair.report().to_dict()["policy"] == "tags"
-    ta.vocabulary.json.dumps(pair.report().to_dict())
+    json.dumps(pair.report().to_dict())
 
 
 def test_report_of_one_tokenizer_finds_nothing(base):
