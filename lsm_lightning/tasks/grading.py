@@ -9,8 +9,10 @@ import re
 from enum import Enum
 
 from lsm_lightning.tasks.grading_numbers import (
+    as_union,
     is_name,
     read_number,
+    same_in_any_order,
     same_list,
     same_number,
     split_items,
@@ -37,7 +39,7 @@ _ALLOWED = re.compile(r"[A-Za-z0-9\s\\{}()\[\]|^_+\-*/=<>,.:!&'%]+")
 _BUSY = re.compile(
     r"\*\*|__|\d{50}|"
     r"\^\s*\{?\s*-?\s*\d{5}|\^\s*\{?\s*\d+\s*\^|"  # huge exponents, towers of powers
-    r"\d{4}\s*\)?\s*!|!\s*\)?\s*!|\^[^()]*\)\s*!"  # huge factorials
+    r"\d{4}\s*\)?\s*!|!\s*\)?\s*!|\^[^()]*\)\s*!|\}\s*!"  # huge factorials
 )
 
 _comparer = SymbolicComparer()
@@ -160,6 +162,8 @@ def _fold_words(text: str) -> str:
 def _by_numbers(gold: str, answer: str) -> bool | None:
     """Compare numbers, lists of numbers, numerals with a base, ratios; None where one of them is something else."""
     gold_number, answer_number = read_number(gold), read_number(answer)
+    if same_in_any_order(gold, answer):
+        return True
     if gold_number and answer_number:
         return same_number(gold_number, answer_number)
     if based := _BASED.fullmatch(gold):
@@ -177,4 +181,4 @@ def _by_algebra(gold: str, answer: str) -> Verdict:
     presentable = _ALLOWED.fullmatch(answer) and all(word in gold for word in words)
     if not presentable or (_BUSY.search(answer) and not _BUSY.search(gold)):
         return Verdict.WRONG
-    return _verdict(_comparer.equal(gold, without_unit(answer)))
+    return _verdict(_comparer.equal(gold, as_union(without_unit(answer))))

@@ -24,7 +24,8 @@ _UNIT = re.compile(
     rf"(?:(?<=[\w}}%).])\s*\\text\s*\{{[a-zA-Z /.\\^]*\}}|(?<=[\d}}%).])\s*(?:{_UNIT_NAMES})(?![a-zA-Z]))"
     r"\s*(?:\^\s*\{?\s*-?[1-4]\s*\}?)?$"
 )
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:, ?\d{3})+|(?: \d{3})+)(?:\.\d+)?")
+_BRACKETED = re.compile(r"(?:\\\{|[({])(.*?)(?:\\\}|[)}])")
+_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:(?:,\d{3})+|(?: \d{3})+)(?:\.\d+)?")
 _FORMS = {
     "decimal": re.compile(rf"({_DECIMAL})"),
     "power": re.compile(rf"({_DECIMAL})\s*\\(?:times|cdot)\s*10\s*\^\s*\{{?\s*([+-]?\d{{1,4}})\s*\}}?"),
@@ -35,6 +36,7 @@ _FORMS = {
 _NAME = re.compile(
     r"^\s*(?:[a-zA-Z]{1,3}|\\[a-z]+)\s*(?:_\s*(?:\w|\{\w+\})\s*)?(?:\(\s*[a-z]\s*\)\s*)?(?:=|\\approx(?![a-z]))"
 )
+_RAY = re.compile(r"[a-z]\s*(<|>|\\leq|\\geq)\s*([^<>=,]+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,10 @@ def read_number(text: str) -> Number | None:
     text = without_unit(text)
     percent = text.endswith("%")
     text = text.removesuffix("%").strip()
-    while text[:1] + text[-1:] in ("()", "{}"):
-        text = text[1:-1].strip()
     if _THOUSANDS.fullmatch(text):
         text = re.sub("[, ]", "", text)
+    while bracketed := _BRACKETED.fullmatch(text):
+        text = bracketed[1].strip()
     sign = -1 if text.startswith("-") else 1
     text = text[1:].strip() if text[:1] in ("-", "+") else text
     for kind, form in _FORMS.items():
@@ -176,6 +178,16 @@ def without_name(text: str) -> str:
     return _NAME.sub("", text, count=1).strip()
 
 
+def same_in_any_order(gold: str, answer: str) -> bool:
+    """Whether two plain lists have the same texts in them; also tells `200,100` from the number of thousands it may be.
+
+    >>> same_in_any_order("100,200", "200, 100"), same_in_any_order("(1,2)", "(2,1)")
+    (True, False)
+    """
+    golds, answers = (Counter(compact(text).split(",")) for text in (gold, answer))
+    return golds == answers and not re.search(r"[(\[{]", gold + answer)
+
+
 def is_name(text: str) -> bool:
     """Whether nothing stands here but a name (or nothing at all), as on the left of `x = 5` and of `f(x) = 5`.
 
@@ -183,3 +195,16 @@ def is_name(text: str) -> bool:
     (True, False)
     """
     return not text.strip() or _NAME.fullmatch(f"{text}=") is not None
+
+
+def as_union(text: str) -> str:
+    r"""The intervals that alternatives such as `x < 2 or x \geq 3` describe; any other text as it is.
+
+    >>> as_union(r"x<2 or x \geq 3")
+    '(-\\infty,2)\\cup[3,\\infty)'
+    """
+    rays = [_RAY.fullmatch(part.strip()) for part in re.split(r"(?<![a-zA-Z\\])or(?![a-zA-Z])", text)]
+    shapes = {"<": r"(-\infty,{})", ">": r"({},\infty)", r"\leq": r"(-\infty,{}]", r"\geq": r"[{},\infty)"}
+    if len(rays) < 2 or None in rays:
+        return text
+    return r"\cup".join(shapes[ray[1]].format(ray[2].strip()) for ray in rays if ray)

@@ -19,12 +19,13 @@ START_LIMIT = 60.0
 class SymbolicComparer:
     """Compares two expressions in a child process that starts with the first comparison.
 
-    A comparison over the time limit, or one that brings the process down, is given up as None, and the next one starts
-    a fresh process. Threads take turns; a forked child starts its own process.
+    A comparison over the time limit, or one that brings the process down, is given up as None, and a fresh process
+    starts in the background for the next one. Threads take turns; a forked child starts its own process.
     """
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._ready = False
         self._owner = 0
         self._lock = threading.Lock()
         atexit.register(self.close)
@@ -50,6 +51,7 @@ class SymbolicComparer:
                 reply = _line(process)
             if not reply:
                 self._stop()
+                self._spawn()
             return json.loads(reply) if reply else None
 
     def close(self) -> None:
@@ -59,10 +61,33 @@ class SymbolicComparer:
 
     def _started(self) -> subprocess.Popen[str]:
         if self._process is not None and self._owner != os.getpid():
-            _disown(self._process)
-            self._process = None
-        if self._process is None:
-            self._process, self._owner = _start(), os.getpid()
+            self._stop()
+        process = self._process or self._spawn()
+        if not self._ready:
+            with _killed_after(process, START_LIMIT):
+                self._ready = bool(_line(process))
+        if not self._ready:
+            self._stop()
+            raise RuntimeError(
+                f"The grading process did not start (exit status {process.returncode}). Run `{' '.join(_command())}` "
+                "to see why; math-verify has to be installed."
+            )
+        return process
+
+    def _spawn(self) -> subprocess.Popen[str]:
+        package_root = str(Path(__file__).resolve().parents[2])
+        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+        self._process = subprocess.Popen(
+            _command(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            encoding="utf-8",
+            start_new_session=True,  # an interrupt from the keyboard is for the trainer
+            env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
+        )
+        self._ready = False
+        self._owner = os.getpid()
         return self._process
 
     def _stop(self) -> None:
@@ -77,29 +102,8 @@ class SymbolicComparer:
             process.communicate()
 
 
-def _start() -> subprocess.Popen[str]:
-    package_root = str(Path(__file__).resolve().parents[2])
-    search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-P", "-m", "lsm_lightning.tasks.grading_worker"]
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        encoding="utf-8",
-        start_new_session=True,  # an interrupt from the keyboard is for the trainer
-        env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
-    )
-    with _killed_after(process, START_LIMIT):
-        ready = _line(process)
-    if not ready:
-        process.kill()
-        process.communicate()
-        raise RuntimeError(
-            f"The grading process did not start (exit status {process.returncode}). Run `{' '.join(command)}` to see "
-            "why; math-verify has to be installed."
-        )
-    return process
+def _command() -> list[str]:
+    return [sys.executable, "-P", "-m", "lsm_lightning.tasks.grading_worker"]
 
 
 def _line(process: subprocess.Popen[str]) -> str:

@@ -4,10 +4,13 @@ import hashlib
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.tasks.base import Episode, Split, Task
 from lsm_lightning.tasks.grading import Verdict, grade
+from lsm_lightning.tasks.math_files import GoldProblem, read_problems
 from lsm_lightning.types import Message
 
 TEMPLATES = {
@@ -20,6 +23,10 @@ TEMPLATES = {
 
 NAMES = ("Mia", "Tom", "Ana", "Leo", "Zoe", "Max", "Eva", "Sam", "Ida", "Ben")
 THINGS = ("coins", "shells", "stamps", "cards", "beads", "nuts", "marbles", "stickers", "buttons", "ribbons")
+
+DEFAULT_INSTRUCTION = (
+    "Work it out step by step between <think> and </think>, then write the final answer alone inside \\boxed{}."
+)
 
 _TEST_SHARE = 10
 """One pair of numbers in so many belongs to the test split."""
@@ -107,9 +114,9 @@ class MathEpisode(Episode):
     An answer without a box counts as an invalid action.
     """
 
-    def __init__(self, question: str, gold: str, kind: str = "") -> None:
+    def __init__(self, question: str, gold: str, kind: str = "", instruction: str = "") -> None:
         self.kind = kind
-        self._question = question
+        self._question = f"{question}\n{instruction}" if instruction else question
         self._gold = gold
 
     def messages(self) -> Sequence[Message]:
@@ -163,11 +170,80 @@ class AdditionProblems(Task):
         """Episode of `sample_problem(seed, split, index, digits)`; its kind is the template's name."""
         _check_index(split, index, self._test_size)
         problem = sample_problem(self.seed, split, index, self.digits)
-        return MathEpisode(_instruct(problem.question, self.instruction), str(problem.answer), problem.kind)
+        return MathEpisode(problem.question, str(problem.answer), problem.kind, self.instruction)
 
 
-def _instruct(question: str, instruction: str) -> str:
-    return f"{question}\n{instruction}" if instruction else question
+class MathProblems(Task):
+    r"""Problems from JSON Lines files, one object with question and gold answer a line.
+
+    The train file starts over reshuffled when it is through, each pass in an order of its own that follows from the
+    seed; the test file keeps its order. An episode's kind is the name of its file without the ending.
+
+    Args:
+        train_file: Path of the training problems; None for a task that is only tested on.
+        test_file: Path of the test problems; None for a task that is only trained on.
+        question_field: Field of the question.
+        answer_field: Field of the gold answer: LaTeX or plain, without a box.
+        seed: Of the order of the training problems.
+        max_new_tokens: Longest answer, in tokens (paper: 16384).
+        instruction: Text put under each question; the grader reads the last \boxed{} after the last </think>.
+    """
+
+    def __init__(
+        self,
+        train_file: str | None = None,
+        test_file: str | None = None,
+        question_field: str = "problem",
+        answer_field: str = "answer",
+        seed: int = 0,
+        max_new_tokens: int = 4096,
+        instruction: str = DEFAULT_INSTRUCTION,
+    ) -> None:
+        if not (train_file or test_file):
+            raise ConfigurationError("MathProblems(train_file=None, test_file=None): name at least one of the files.")
+        _check_positive("MathProblems", max_new_tokens=max_new_tokens)
+        self._files: dict[Split, str | None] = {"train": train_file, "test": test_file}
+        self._fields = (question_field, answer_field)
+        self.seed = seed
+        self.max_new_tokens = max_new_tokens
+        self.instruction = instruction
+        self._problems: dict[Split, list[GoldProblem]] = {}
+
+    def setup(self) -> None:
+        """Read the files; `read_problems` says what is refused, with a `ConfigurationError` by file and line."""
+        for split, name in self._files.items():
+            if name:
+                self._read(split)
+
+    def test_size(self) -> int:
+        """Number of problems in the test file; 0 without one."""
+        return len(self._read("test")) if self._files["test"] else 0
+
+    def episode(self, split: Split, index: int) -> MathEpisode:
+        """Episode `index`: a pure function of settings, file and index; `ConfigurationError` without a file for it."""
+        problems = self._read(split)
+        _check_index(split, index, len(problems))
+        if split == "train":
+            number, place = divmod(index, len(problems))
+            index = _order_of_pass(self.seed, number, len(problems))[place]
+        problem = problems[index]
+        kind = Path(str(self._files[split])).stem
+        return MathEpisode(problem.question, problem.answer, kind, self.instruction)
+
+    def _read(self, split: Split) -> list[GoldProblem]:
+        name = self._files[split]
+        if not name:
+            raise ConfigurationError(f"MathProblems({split}_file=None): name a file to get {split} problems.")
+        if split not in self._problems:
+            self._problems[split] = read_problems(Path(name), *self._fields)
+        return self._problems[split]
+
+
+@lru_cache(maxsize=4)
+def _order_of_pass(seed: int, number: int, size: int) -> list[int]:
+    order = list(range(size))
+    random.Random(f"math/{seed}/{number}").shuffle(order)
+    return order
 
 
 def _check_index(split: Split, index: int, test_size: int) -> None:
