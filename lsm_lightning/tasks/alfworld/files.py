@@ -30,7 +30,8 @@ def find_games(folder: str) -> Sequence[Path]:
     root = Path(folder).expanduser()
     if not root.is_dir():
         raise ConfigurationError(f"ALFWorld games: {root} is no folder; name one with {FILE_NAME} files below it")
-    playable, unsolvable = [], []
+    playable: list[Path] = []
+    unsolvable: list[Path] = []
     for path in sorted(root.rglob(FILE_NAME)):
         if not any(mark in path.parent.parent.name for mark in _SKIPPED):
             (playable if _checked(path)["solvable"] else unsolvable).append(path)
