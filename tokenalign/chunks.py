@@ -39,8 +39,10 @@ def align_ends(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
     >>> [side.tolist() for side in align_ends(student, teacher)]
     [[0, 0, 1], [0, 0, 1]]
     """
-    shared = np.intersect1d(student_ends, teacher_ends)
-    shared = shared[shared > 0]
+    # Both ascend, so a search finds what they share faster than a sort; the added end is one that no student token has.
+    at = np.searchsorted(teacher_ends, student_ends)
+    shared = student_ends[(np.append(teacher_ends, -1)[at] == student_ends) & (student_ends > 0)]
+    shared = shared[np.diff(shared, prepend=0) > 0]
     return np.searchsorted(shared, student_ends), np.searchsorted(shared, teacher_ends)
 
 
