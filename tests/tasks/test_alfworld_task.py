@@ -15,7 +15,7 @@ from lsm_lightning.tasks.base import Task
 
 pytest.importorskip("textworld", reason="needs the alfworld extra")
 
-from lsm_lightning.tasks.alfworld.engine import Engine, engine_pool, ground
+from lsm_lightning.tasks.alfworld.engine import Engine, EnginePool, ground
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, find_games, kind_of, read_game
 from lsm_lightning.tasks.alfworld.games import generate
 
@@ -73,20 +73,22 @@ def test_history_and_paper_projection_are_settings():
     assert " > " not in episode.messages()[0]["content"]
 
 
-def test_episodes_share_engines_and_give_them_back():
-    pool, task = engine_pool(), AlfworldGames()
-    idle = {id(engine) for engine in pool._idle}
-    episodes = [task.episode("train", index) for index in range(3)]
-    assert {id(engine) for engine in pool._idle} == idle, "none is taken before the first turn"
-    for episode in episodes:
+def test_episodes_share_engines_and_give_them_back(monkeypatch):
+    pool, task = EnginePool(), AlfworldGames()
+    monkeypatch.setattr("lsm_lightning.tasks.alfworld.task.engine_pool", lambda: pool)
+    engines = [pool.acquire(), pool.acquire()]
+    for engine in engines:
+        pool.release(engine)
+    closed, forgotten = task.episode("train", 0), task.episode("train", 1)
+    assert len(pool._idle) == 2, "none is taken before the first turn"
+    for episode in (closed, forgotten):
         episode.messages()
-    episodes[0].close()
-    episodes[0].close()
-    held = len(pool._idle)
-    del episodes, episode
+    assert not pool._idle
+    closed.close()
+    closed.close()
+    del episode, forgotten
     gc.collect()
-    assert len(pool._idle) == held + 2, "a forgotten episode gives its engine back"
-    assert len({id(engine) for engine in pool._idle}) == len(pool._idle), "none is given back twice"
+    assert sorted(map(id, pool._idle)) == sorted(map(id, engines)), "each is given back, and once"
 
 
 def test_episodes_in_lock_step_do_not_disturb_each_other():
