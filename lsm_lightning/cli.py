@@ -109,7 +109,11 @@ def _quieten() -> None:
     transformers_logging.set_verbosity_error()
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    for message in (
+        ".*does not have many workers.*",  # the loader deals out step numbers; the work is done in the step
+        ".*treespec, LeafSpec.*",  # Lightning's own use of torch
+    ):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def _one_line(message: str) -> str:
@@ -123,8 +127,7 @@ def _with_suggestion(message: str, parser: LightningArgumentParser) -> str:
     wrong = re.search(r"(?:does not accept option|Option|Key) '([^']+)'", message)
     if wrong is None:
         return message
-    known = {action.dest for action in parser._actions}
-    for sub in getattr(parser, "_subcommands_action", None) and parser._subcommands_action.choices.values() or ():
-        known |= {action.dest for action in sub._actions}
+    parsers = [parser, *(parser._subcommands_action.choices.values() if parser._subcommands_action else ())]
+    known = {action.dest for each in parsers for action in each._actions}
     close = difflib.get_close_matches(wrong[1], sorted(known), n=1)
     return f"{message} Did you mean '{close[0]}'?" if close else message

@@ -3,9 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from jsonargparse import lazy_instance
+import torch
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.schedules import Alternating, Schedule
@@ -97,7 +98,7 @@ class AlternatingTasks(LightningDataModule):
     def train_dataloader(self) -> "DataLoader[StepBatch]":
         """Batches from the current position on."""
         assert self.trainer is not None
-        return DataLoader(_Steps(self, length=self.trainer.max_steps), batch_size=None)
+        return DataLoader(_Steps(self), sampler=_FromHere(self, length=self.trainer.max_steps), batch_size=None)
 
     def val_dataloader(self) -> "DataLoader[StepBatch]":
         """The test split, one batch a task."""
@@ -105,6 +106,10 @@ class AlternatingTasks(LightningDataModule):
             StepBatch(task=name, step=0, indices=self.eval_indices(name), samples_per_prompt=1) for name in self.tasks
         ]
         return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
+        """A step's plan holds no tensors."""
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the schedule."""
@@ -123,16 +128,26 @@ class AlternatingTasks(LightningDataModule):
         return self.trainer.world_size if self.trainer is not None else 1
 
 
-class _Steps(IterableDataset[StepBatch]):
-    """Batches of the schedule. It has a length, since Lightning reads ahead where there is none."""
+class _Steps(Dataset[StepBatch]):
+    """Batches of the schedule by step."""
+
+    def __init__(self, data: AlternatingTasks) -> None:
+        self.data = data
+
+    def __getitem__(self, step: int) -> StepBatch:
+        return self.data.batch(step)
+
+
+class _FromHere(Sampler[int]):
+    """Steps from the current position on. The length is the whole run's: Lightning counts from its beginning, and
+    reads ahead where there is no length."""
 
     def __init__(self, data: AlternatingTasks, length: int) -> None:
         self.data = data
         self.length = length
 
-    def __iter__(self) -> Iterator[StepBatch]:
-        for step in range(self.data.step, self.length):
-            yield self.data.batch(step)
+    def __iter__(self) -> Iterator[int]:
+        return iter(range(self.data.step, max(self.length, self.data.step + 1)))
 
     def __len__(self) -> int:
         return self.length

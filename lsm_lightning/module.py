@@ -6,10 +6,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jsonargparse import lazy_instance
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.optim.lr_scheduler import LRScheduler
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
@@ -52,7 +54,7 @@ class OnPolicyDistillation(LightningModule):
         teachers: dict[str, Teacher],
         objective: Objective = lazy_instance(LocalSupportMatching),
         engine: Engine = lazy_instance(LocalEngine),
-        sampling: Sampling = Sampling(),  # noqa: B008 - frozen
+        sampling: Sampling = Sampling(),
         mask: MaskPolicy = "tags",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -91,7 +93,7 @@ class OnPolicyDistillation(LightningModule):
         tasks = self._data.tasks
         if missing := sorted(tasks.keys() - self.teachers.keys()):
             raise ConfigurationError(
-                f"No teacher for the task '{missing[0]}': add one under model.teachers.{missing[0]}, or remove the task."
+                f"No teacher for the task '{missing[0]}': add model.teachers.{missing[0]}, or remove the task."
             )
         if idle := sorted(self.teachers.keys() - tasks.keys()):
             raise ConfigurationError(
@@ -156,9 +158,7 @@ class OnPolicyDistillation(LightningModule):
             for index in batch.indices
             for sample in range(batch.samples_per_prompt)
         ]
-        return collect(
-            episodes, self.player, max_new_tokens=task.max_new_tokens, on_progress=self.on_rollout_progress
-        )
+        return collect(episodes, self.player, max_new_tokens=task.max_new_tokens, on_progress=self.on_rollout_progress)
 
     def update(self, turns: list[Turn], support: Support, mask: LossMask) -> tuple[StepTotals, float]:
         """One optimiser step; none, with a warning, where no process has a position to learn from.
@@ -167,6 +167,7 @@ class OnPolicyDistillation(LightningModule):
             What this process summed up, and the norm of the whole gradient before clipping.
         """
         optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
         groups = micro_batches(turns, self.micro_batch_tokens)
         # Sharded weights are gathered by all processes together, so all run equally many micro-batches.
         groups += [[]] * (self._over_processes(len(groups), "max") - len(groups))
@@ -187,7 +188,7 @@ class OnPolicyDistillation(LightningModule):
             self.print("Skipped a step: the mask left no position to learn from.")
         else:
             optimizer.step()
-            if (scheduler := self.lr_schedulers()) is not None:
+            if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
                 scheduler.step()
         optimizer.zero_grad()
         return totals, float(norm)
@@ -216,12 +217,11 @@ class OnPolicyDistillation(LightningModule):
             self.engine.sync(self.student)
             player = self.player
         indices = self._data.eval_indices(task)
-        played = evaluate(
-            self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress
-        )
+        played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)
         rate = SuccessRate().to(self.device)
         rate.update(torch.tensor([trajectory.reward for trajectory in played], device=self.device))
-        return {name: value.item() for name, value in rate.compute().items()}
+        score = {name: value.item() for name, value in rate.compute().items()}
+        return score | {"n": int(score["n"])}
 
     @property
     def player(self) -> Player:

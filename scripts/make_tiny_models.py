@@ -200,7 +200,9 @@ def examples(
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
     prompts = [
-        tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False)
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
+        )
         for question, _ in rows
     ]
     answers = [answer + tokenizer.eos_token for _, answer in rows]
@@ -260,11 +262,11 @@ def train(
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 
 
-def _losses(
-    model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _losses(model: LlamaForCausalLM, rows: Sequence[tuple[list[int], list[int]]]) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean cross-entropy of the answers and of the prompts."""
-    batch = TokenBatch.pad([prompt[:1] for prompt, _ in rows], [prompt[1:] + answer for prompt, answer in rows], model.device)
+    batch = TokenBatch.pad(
+        [prompt[:1] for prompt, _ in rows], [prompt[1:] + answer for prompt, answer in rows], model.device
+    )
     losses = cross_entropy(model.lm_head(hidden_states(model, batch)), batch.targets, reduction="none")
     prompt_lengths = torch.tensor([len(prompt) for prompt, _ in rows])
     is_answer = batch.column >= prompt_lengths[batch.row] - 1
@@ -285,7 +287,11 @@ def _batches(rows: Sequence[tuple[list[int], list[int]]], size: int, seed: int) 
 
 
 def make_model(
-    name: ModelName, turns: Sequence[Demonstration], tokenizers: dict[str, PreTrainedTokenizerFast], work: Path, out: Path
+    name: ModelName,
+    turns: Sequence[Demonstration],
+    tokenizers: dict[str, PreTrainedTokenizerFast],
+    work: Path,
+    out: Path,
 ) -> None:
     """Train one model and write its folder."""
     recipe, seed = RECIPES[name], list(RECIPES).index(name)

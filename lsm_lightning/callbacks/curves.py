@@ -7,7 +7,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-COLOURS = {name: colour for name, colour in zip(range(8), matplotlib.colormaps["tab10"].colors, strict=False)}  # type: ignore[attr-defined]
+COLOURS = matplotlib.colormaps["tab10"]
 SMOOTHING = 0.8
 """Share of the running mean that a new point keeps."""
 
@@ -32,9 +32,9 @@ def draw_curves(
             if not shown:
                 continue
             steps, values = zip(*shown, strict=True)
-            axes.plot(steps, values, color=COLOURS[number], alpha=0.25, linewidth=1)
-            axes.plot(steps, _smooth(values), color=COLOURS[number], linewidth=2, label=task)
-        _draw_scores(reward_axes, task, COLOURS[number], scores, last=max((p["step"] for p in points), default=0))
+            axes.plot(steps, values, color=COLOURS(number), alpha=0.25, linewidth=1)
+            axes.plot(steps, _smooth(values), color=COLOURS(number), linewidth=2, label=task)
+        _draw_scores(reward_axes, task, COLOURS(number), scores, last=max((p["step"] for p in points), default=0))
     reward_axes.set(ylabel="rollout reward", ylim=(-0.02, 1.02))
     reward_axes.set_title("On-policy distillation: rollouts while training; points with bars: held-out problems")
     kl_axes.set(xlabel="step", ylabel="KL to the teacher (nats a token)")

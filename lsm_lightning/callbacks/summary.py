@@ -14,11 +14,10 @@ from rich.table import Table
 
 from lsm_lightning.callbacks.curves import draw_curves
 from lsm_lightning.callbacks.progress import progress
-from lsm_lightning.evaluation import Score
 from lsm_lightning.module import OnPolicyDistillation
 
 Scores = dict[str, dict[str, float]]
-"""Task → `Score` as a dictionary."""
+"""Task → `{"value", "n", "low", "high"}`, see `OnPolicyDistillation.evaluate`."""
 
 
 class RunSummary(Callback):
@@ -68,8 +67,8 @@ class RunSummary(Callback):
         point = {name: metrics.get(f"{batch.task}/train/{name}") for name in ("reward", "kl")}
         self.curves.append({"step": trainer.global_step, "task": batch.task, **point})
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure the trained student; write the files and print the table."""
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure the trained student; write the files and print the table. The last checkpoint is there by now."""
         assert isinstance(pl_module, OnPolicyDistillation)
         after = self._evaluate_student(trainer, pl_module, "after") if self.evaluate else {}
         self._tick()
@@ -117,13 +116,17 @@ class RunSummary(Callback):
 
 
 def _table(before: Scores, after: Scores, teacher: Scores) -> Table:
-    table = Table(title="Success on held-out problems (95 % interval)")
-    for column in ("task", "problems", "student before", "student after", "teacher"):
+    table = Table(title="Success on held-out problems, in % (95 % interval)")
+    for column in ("task", "problems", "before", "after", "teacher"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for name in after:
-        cells = [str(Score(**{**scores[name], "n": int(scores[name]["n"])})) for scores in (before, after, teacher)]
+        cells = [_cell(scores[name]) for scores in (before, after, teacher)]
         table.add_row(name, str(int(after[name]["n"])), *cells)
     return table
+
+
+def _cell(score: dict[str, float]) -> str:
+    return f"{100 * score['value']:.1f} ({100 * score['low']:.0f}–{100 * score['high']:.0f})"
 
 
 def _versions() -> dict[str, str]:

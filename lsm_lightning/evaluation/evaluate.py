@@ -1,7 +1,6 @@
 """Play a task's test split, and what comes out of it."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.tasks.base import Task
@@ -18,28 +17,22 @@ def evaluate(
     seed: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Trajectory]:
-    """One episode of each test problem. The random numbers depend on the seed and the problem, so that two players
-    are compared on the same draws."""
+    """One episode of each test problem.
+
+    The random numbers depend on the seed and the problem, so that two players are compared on the same draws.
+    """
     played: list[Trajectory] = []
+
+    def report(finished: int, _: int) -> None:
+        if on_progress is not None:
+            on_progress(len(played) + finished, len(indices))
+
     for first in range(0, len(indices), EPISODES_AT_ONCE):
         part = indices[first : first + EPISODES_AT_ONCE]
         played += collect(
             [((seed, "test", index), task.episode("test", index)) for index in part],
             player,
             max_new_tokens=task.max_new_tokens,
-            on_progress=on_progress and (lambda done, _, before=len(played): on_progress(before + done, len(indices))),
+            on_progress=report,
         )
     return played
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Score:
-    """A mean reward with its 95 % interval, as it stands in `summary.json`."""
-
-    value: float
-    n: int
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.1%} [{self.low:.1%}, {self.high:.1%}]"

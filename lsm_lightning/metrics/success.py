@@ -35,6 +35,6 @@ class SuccessRate(Metric):
         low, high = wilson_interval(float(self.total), n)
         value = float(self.total) / n if n else float("nan")
         return {
-            name: torch.tensor(number)
+            name: torch.tensor(number, dtype=torch.float64)
             for name, number in {"value": value, "n": float(n), "low": low, "high": high}.items()
         }

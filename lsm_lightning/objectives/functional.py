@@ -51,9 +51,7 @@ def support_divergence(
     return value + (second.exp() - first.exp()).sum(-1) if support == "generalised" else value
 
 
-def returns_to_go(
-    rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamma: float
-) -> Float[Tensor, "b t"]:
+def returns_to_go(rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamma: float) -> Float[Tensor, "b t"]:
     r"""Discounted sums of what follows, $\sum_{t' \ge t} \gamma^{t' - t} r_{t'}$; masked positions pay nothing.
 
     `gamma` 0 is the token-level estimator, 1 the sequence-level one (arXiv 2603.25562, Sec. 3).

@@ -28,7 +28,7 @@ class Sampling:
         if self.temperature < 0:
             raise ConfigurationError(f"temperature={self.temperature}: use 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
-            raise ConfigurationError(f"top_p={self.top_p}: use a number above 0 and at most 1 (1 draws from all tokens).")
+            raise ConfigurationError(f"top_p={self.top_p}: use a number above 0, at most 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

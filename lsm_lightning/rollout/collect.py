@@ -22,9 +22,7 @@ class Player:
     turn_end: AbstractSet[int]
     sampling: Sampling
 
-    def answer(
-        self, conversations: list[list[Message]], seeds: Sequence[int], max_new_tokens: int
-    ) -> list[Turn]:
+    def answer(self, conversations: list[list[Message]], seeds: Sequence[int], max_new_tokens: int) -> list[Turn]:
         """One turn for each conversation."""
         ids = render(self.tokenizer, conversations)
         requests = [Request(ids=prompt, seed=seed) for prompt, seed in zip(ids, seeds, strict=True)]

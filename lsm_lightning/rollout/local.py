@@ -98,7 +98,7 @@ class _Rows:
         ids, mask = left_pad(list(distinct), device)
         cache = DynamicCache(config=model.config)
         output = model(
-            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), past_key_values=cache, use_cache=True,
+            input_ids=ids, attention_mask=mask, position_ids=_positions(mask), cache=cache, use_cache=True,
             logits_to_keep=1,
         )  # fmt: skip
         rows = torch.tensor([row_of[tuple(request.ids)] for request in requests], device=device)
@@ -156,7 +156,7 @@ class _Rows:
         positions = self.mask.sum(-1, keepdim=True)
         self.mask = torch.nn.functional.pad(self.mask, (0, 1), value=1)
         output = self.model(
-            input_ids=tokens[:, None], attention_mask=self.mask, position_ids=positions, past_key_values=self.cache,
+            input_ids=tokens[:, None], attention_mask=self.mask, position_ids=positions, cache=self.cache,
             use_cache=True,
         )  # fmt: skip
         self.logits = output.logits[:, -1].float()
@@ -201,7 +201,8 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 def _unsharded_copy(model: PreTrainedModel) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        replica = type(model)(copy.deepcopy(model.config)).to(model.device, model.dtype)
+        replica = type(model)(copy.deepcopy(model.config))
+        replica.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
     else:
         replica = copy.deepcopy(model)
     return replica.eval().requires_grad_(False)

@@ -47,7 +47,8 @@ class LocalTeacher(Teacher):
     def setup(self, student: PreTrainedTokenizerBase, student_vocabulary: int, device: torch.device) -> None:
         """See `Teacher.setup`."""
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
-        self.model = load_model(self.path, self.dtype).to(device).requires_grad_(False)
+        self.model = load_model(self.path, self.dtype).requires_grad_(False)
+        self.model.to(device)  # type: ignore[arg-type]
         self.head = OutputHead.of(self.model)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), device=device)
         self.pair = Pair(student, self.tokenizer)
