@@ -10,7 +10,8 @@ Same grammar, same rules, same order of matches (a test compares every text with
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, TypeAlias
@@ -117,17 +118,33 @@ def parse_logic(grammar: str) -> tuple[Mapping[str, Any], TextGrammar]:
 
 @lru_cache(maxsize=8)
 def _parse(grammar: str) -> Any:
-    return extra.load("textworld.envs.pddl.logic").GameLogic(domain="", grammar=grammar)
+    with _forgetting("textworld.envs.pddl.logic") as logic, _forgetting("textworld.envs.pddl.textgen"):
+        return logic.GameLogic(domain="", grammar=grammar)
 
 
 @lru_cache(maxsize=1024)
 def _symbols(template: str) -> Sequence[Any]:
-    return tuple(extra.load("textworld.envs.pddl.textgen")._parse_and_convert(template, rule_name="symbols"))
+    with _forgetting("textworld.envs.pddl.textgen") as textgen:
+        return tuple(textgen._parse_and_convert(template, rule_name="symbols"))
 
 
 @cache
 def _query(condition: str) -> Any:
-    return extra.load("textworld.logic").Rule.parse_conjunctive_query(condition)
+    with _forgetting("textworld.logic") as logic:
+        return logic.Rule.parse_conjunctive_query(condition)
+
+
+@contextmanager
+def _forgetting(module: str) -> Iterator[Any]:
+    """A module of textworld whose parser, afterwards, no longer keeps its last exception.
+
+    Through the frames of its traceback that would keep alive whoever asked for the parse: an episode and its engine.
+    """
+    loaded = extra.load(module)
+    try:
+        yield loaded
+    finally:
+        loaded._PARSER._furthest_exception = None
 
 
 @cache
