@@ -1,0 +1,225 @@
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from lsm_lightning.objectives.functional import returns_to_go, support_divergence
+
+SUPPORTS = ["renormalise", "tail_bucket", "generalised", "raw"]
+DIVERGENCES = ["reverse_kl", "forward_kl", "jsd"]
+ALL = list(itertools.product(SUPPORTS, DIVERGENCES))
+PROPER = [(support, divergence) for support, divergence in ALL if support != "raw" or divergence == "jsd"]
+
+logits = st.lists(st.floats(-20, 20), min_size=12, max_size=12)
+
+
+def log_probs(values: list[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).log_softmax(-1)
+
+
+def random_log_probs(*shape: int, seed: int = 0, vocabulary: int = 12) -> Tensor:
+    """The first entries of a distribution over more tokens than the support holds."""
+    generator = torch.Generator().manual_seed(seed)
+    full = torch.randn(*shape[:-1], vocabulary, generator=generator, dtype=torch.float64).mul(3).log_softmax(-1)
+    return full[..., : shape[-1]]
+
+
+def slow_divergence(student: list[float], teacher: list[float], support: str, divergence: str) -> float:
+    """The same numbers from probabilities, one token at a time."""
+    p, q = [math.exp(x) for x in student], [math.exp(x) for x in teacher]
+    if support == "renormalise":
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+    if support == "tail_bucket":
+        p, q = [*p, 1 - sum(p)], [*q, 1 - sum(q)]
+    if divergence == "forward_kl":
+        p, q = q, p
+    if divergence == "jsd":
+        mixture = [(a + b) / 2 for a, b in zip(p, q, strict=True)]
+        return (slow_kl(p, mixture) + slow_kl(q, mixture)) / 2
+    extra = sum(q) - sum(p) if support == "generalised" else 0.0
+    return slow_kl(p, q) + extra
+
+
+def slow_kl(p: list[float], q: list[float]) -> float:
+    return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True) if a > 0)
+
+
+@pytest.mark.parametrize(("support", "divergence"), ALL)
+def test_equals_a_slow_loop(support, divergence):
+    student, teacher = random_log_probs(5, 4, seed=1), random_log_probs(5, 4, seed=2)
+    slow = [
+        slow_divergence(*rows, support, divergence) for rows in zip(student.tolist(), teacher.tolist(), strict=True)
+    ]
+    fast = support_divergence(student, teacher, support=support, divergence=divergence)
+    assert_close(fast, torch.tensor(slow, dtype=torch.float64), rtol=1e-10, atol=1e-12)
+
+
+def at_equality(support: str, divergence: str) -> tuple[Tensor, Tensor]:
+    student = random_log_probs(6, 4).requires_grad_()
+    value = support_divergence(student, student.detach().clone(), support=support, divergence=divergence)
+    (gradient,) = torch.autograd.grad(value.sum(), student)
+    return value, gradient
+
+
+@pytest.mark.parametrize(("support", "divergence"), PROPER)
+def test_a_student_like_its_teacher_has_no_loss_and_no_gradient(support, divergence):
+    value, gradient = at_equality(support, divergence)
+    assert_close(value, torch.zeros_like(value), rtol=0, atol=1e-15)
+    assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl"])
+def test_raw_sums_pull_away_from_equality(divergence):
+    """The check above can fail: without renormalisation the value is 0 there, and it is no minimum."""
+    value, gradient = at_equality("raw", divergence)
+    assert_close(value, torch.zeros_like(value))
+    assert gradient.abs().max() > 0.1
+
+
+def test_raw_reverse_kl_is_least_at_a_student_of_mass_q_over_e():
+    teacher = random_log_probs(4)
+    student = (teacher - 1).requires_grad_()
+    (gradient,) = torch.autograd.grad(support_divergence(student, teacher, support="raw"), student)
+    assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-12)
+
+
+def test_gradient_of_the_papers_loss_is_the_written_out_one():
+    student, teacher = random_log_probs(7, 5, seed=1).requires_grad_(), random_log_probs(7, 5, seed=2)
+    loss = support_divergence(student, teacher)
+    (gradient,) = torch.autograd.grad(loss.sum(), student)
+    log_pi, log_q = student.log_softmax(-1), teacher.log_softmax(-1)
+    assert_close(gradient, log_pi.exp() * (log_pi - log_q - loss.unsqueeze(-1)), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(("support", "divergence"), ALL)
+def test_gradient_equals_finite_differences(support, divergence):
+    student, teacher = random_log_probs(3, 4, seed=1).requires_grad_(), random_log_probs(3, 4, seed=2)
+    assert torch.autograd.gradcheck(
+        lambda x: support_divergence(x, teacher, support=support, divergence=divergence), student
+    )
+
+
+@pytest.mark.parametrize(("support", "divergence"), PROPER)
+@given(logits, logits, st.integers(1, 12))
+def test_never_negative(support, divergence, student, teacher, k):
+    value = support_divergence(log_probs(student)[:k], log_probs(teacher)[:k], support=support, divergence=divergence)
+    assert value >= -1e-12
+
+
+def test_raw_sums_can_be_negative():
+    teacher = random_log_probs(4)
+    assert support_divergence(teacher - 1, teacher, support="raw") < 0
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@given(logits, logits, st.floats(-1e3, 1e3), st.floats(-1e3, 1e3))
+def test_renormalised_loss_ignores_what_all_logits_share(divergence, student, teacher, up, down):
+    student, teacher = log_probs(student), log_probs(teacher)
+    shifted = support_divergence(student + up, teacher + down, divergence=divergence)
+    assert_close(shifted, support_divergence(student, teacher, divergence=divergence), rtol=1e-9, atol=1e-10)
+
+
+def test_only_the_renormalised_loss_ignores_it():
+    student, teacher = random_log_probs(4, seed=1), random_log_probs(4, seed=2)
+    for support in ("tail_bucket", "generalised", "raw"):
+        shifted = support_divergence(student - 1, teacher, support=support)
+        assert not torch.isclose(shifted, support_divergence(student, teacher, support=support), rtol=1e-3)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("support", ["tail_bucket", "generalised", "raw", "renormalise"])
+def test_over_the_whole_vocabulary_all_are_the_divergence_itself(support, divergence):
+    student, teacher = random_log_probs(5, 12, seed=1), random_log_probs(5, 12, seed=2)
+    full = [slow_divergence(*rows, "raw", divergence) for rows in zip(student.tolist(), teacher.tolist(), strict=True)]
+    value = support_divergence(student, teacher, support=support, divergence=divergence)
+    assert_close(value, torch.tensor(full, dtype=torch.float64), rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize(("support", "divergence"), ALL)
+def test_half_precision_is_widened_not_computed_in(support, divergence):
+    student, teacher = random_log_probs(50, 4, seed=1).bfloat16(), random_log_probs(50, 4, seed=2).bfloat16()
+    value = support_divergence(student, teacher, support=support, divergence=divergence)
+    exact = support_divergence(student.double(), teacher.double(), support=support, divergence=divergence)
+    assert value.dtype == torch.float32
+    assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("support", SUPPORTS)
+def test_rounding_the_inputs_to_bf16_moves_the_loss_by_that_rounding_only(support):
+    student, teacher = random_log_probs(50, 4, seed=1), random_log_probs(50, 4, seed=2)
+    value = support_divergence(student.bfloat16(), teacher.bfloat16(), support=support)
+    # bf16 keeps 8 bits of a log-prob; the loss is a mean of their differences.
+    atol = 2**-8 * 2 * max(student.abs().max(), teacher.abs().max()).item()
+    assert_close(value.double(), support_divergence(student, teacher, support=support), rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize(("support", "divergence"), ALL)
+def test_a_token_that_neither_side_can_write_changes_nothing(support, divergence):
+    student, teacher = random_log_probs(4, seed=1), random_log_probs(4, seed=2)
+    impossible = torch.tensor([-torch.inf], dtype=torch.float64)
+    padded = torch.cat((student, impossible)).requires_grad_()
+    value = support_divergence(padded, torch.cat((teacher, impossible)), support=support, divergence=divergence)
+    assert_close(value, support_divergence(student, teacher, support=support, divergence=divergence))
+    (gradient,) = torch.autograd.grad(value, padded)
+    assert gradient.isfinite().all()
+    assert gradient[-1] == 0
+
+
+@pytest.mark.parametrize(("support", "divergence"), [(s, d) for s in SUPPORTS for d in ("reverse_kl", "jsd")])
+def test_a_token_that_only_the_student_cannot_write_is_finite(support, divergence):
+    student = random_log_probs(4, seed=1).index_fill(0, torch.tensor([2]), -torch.inf).requires_grad_()
+    value = support_divergence(student, random_log_probs(4, seed=2), support=support, divergence=divergence)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert value.isfinite()
+    assert gradient.isfinite().all()
+
+
+def test_leading_axes_are_a_batch():
+    student, teacher = random_log_probs(2, 3, 4, seed=1), random_log_probs(2, 3, 4, seed=2)
+    one_by_one = [support_divergence(*rows) for rows in zip(student.flatten(0, 1), teacher.flatten(0, 1), strict=True)]
+    assert_close(support_divergence(student, teacher).flatten(), torch.stack(one_by_one))
+
+
+# ---- returns --------------------------------------------------------------------------------------------------------
+
+rewards_and_masks = st.integers(1, 8).flatmap(
+    lambda t: st.tuples(
+        st.lists(st.lists(st.floats(-5, 5), min_size=t, max_size=t), min_size=1, max_size=3),
+        st.lists(st.lists(st.booleans(), min_size=t, max_size=t), min_size=3, max_size=3),
+    )
+)
+
+
+def slow_returns(rewards: list[float], mask: list[bool], gamma: float) -> list[float]:
+    return [
+        sum(gamma ** (later - t) * rewards[later] for later in range(t, len(rewards)) if mask[later])
+        for t in range(len(rewards))
+    ]
+
+
+@given(rewards_and_masks, st.sampled_from([0.0, 0.25, 0.9, 1.0]))
+def test_returns_equal_a_double_loop(case, gamma):
+    rewards, masks = case
+    masks = masks[: len(rewards)]
+    slow = [slow_returns(row, mask, gamma) for row, mask in zip(rewards, masks, strict=True)]
+    fast = returns_to_go(torch.tensor(rewards, dtype=torch.float64), torch.tensor(masks), gamma)
+    assert_close(fast, torch.tensor(slow, dtype=torch.float64))
+
+
+def test_gamma_zero_is_the_reward_itself_and_gamma_one_all_that_follows():
+    rewards, everywhere = torch.tensor([[1.0, -2.0, 4.0]]), torch.ones(1, 3, dtype=torch.bool)
+    assert returns_to_go(rewards, everywhere, 0.0).tolist() == [[1.0, -2.0, 4.0]]
+    assert returns_to_go(rewards, everywhere, 1.0).tolist() == [[3.0, 2.0, 4.0]]
+
+
+def test_what_stands_at_a_masked_position_is_never_looked_at():
+    mask = torch.tensor([[True, False, True]])
+    for gamma in (0.0, 0.5, 1.0):
+        paid = returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), mask, gamma)
+        broken = returns_to_go(torch.tensor([[1.0, torch.nan, 4.0]]), mask, gamma)
+        assert_close(paid, broken)
