@@ -1,0 +1,112 @@
+import pytest
+from scripted import EchoEpisode, ScriptedEngine
+from tiny import STUDENT_END
+
+from lsm_lightning.pretrained import render
+from lsm_lightning.rollout import Sampling
+from lsm_lightning.rollout.base import Request
+from lsm_lightning.rollout.collect import Player, collect
+from lsm_lightning.seeds import seed_of
+from lsm_lightning.types import Completion, Trajectory
+
+LENGTHS = [2, 1, 3]
+
+
+def player_saying(tokenizer, text_of) -> Player:
+    end = tokenizer.convert_tokens_to_ids(STUDENT_END)
+
+    def answer(request: Request) -> Completion:
+        ids = [*tokenizer(text_of(request), add_special_tokens=False)["input_ids"], end]
+        return Completion(ids=ids, log_probs=[0.0] * len(ids), truncated=False)
+
+    return Player(engine=ScriptedEngine(answer), tokenizer=tokenizer, turn_end=frozenset({end}), sampling=Sampling())
+
+
+@pytest.fixture
+def player(student_tokenizer) -> Player:
+    """Says apple, always."""
+    return player_saying(student_tokenizer, lambda request: "apple")
+
+
+def games() -> list[EchoEpisode]:
+    return [EchoEpisode(word, turns) for word, turns in zip(("apple", "river", "stone"), LENGTHS, strict=True)]
+
+
+def play(episodes: list[EchoEpisode], player: Player, **options) -> list[Trajectory]:
+    keyed = [(("run", number), episode) for number, episode in enumerate(episodes)]
+    return collect(keyed, player, max_new_tokens=8, **options)
+
+
+def test_all_open_episodes_write_one_turn_at_a_time(player):
+    play(games(), player)
+    assert [len(call) for call in player.engine.calls] == [3, 2, 1]
+
+
+def test_trajectories_come_in_the_order_of_the_episodes(player):
+    trajectories = play(games(), player)
+    assert [t.kind for t in trajectories] == ["apple", "river", "stone"]
+    assert [len(t.turns) for t in trajectories] == LENGTHS
+    assert [t.reward for t in trajectories] == [1.0, 0.0, 0.0]
+
+
+def test_every_turn_holds_what_was_asked_and_what_was_said(player, student_tokenizer):
+    episodes = games()
+    for trajectory, episode in zip(play(episodes, player), episodes, strict=True):
+        assert [turn.answer for turn in trajectory.turns] == episode.answers == ["apple"] * len(trajectory.turns)
+        for turn in trajectory.turns:
+            assert [list(turn.prompt.ids)] == render(student_tokenizer, [list(turn.prompt.messages)])
+    assert "You said nothing" in str(episodes and play(games(), player)[0].turns[0].prompt.messages)
+    assert "You said apple" in str(play(games(), player)[0].turns[1].prompt.messages)
+
+
+def test_an_answer_in_text_has_no_end_of_turn_and_a_truncated_one_all_its_tokens(student_tokenizer):
+    ids = student_tokenizer("apple river", add_special_tokens=False)["input_ids"]
+    engine = ScriptedEngine(lambda request: Completion(ids=ids, log_probs=[0.0] * len(ids), truncated=True))
+    player = Player(engine=engine, tokenizer=student_tokenizer, turn_end=frozenset({1}), sampling=Sampling())
+    assert play(games(), player)[0].turns[0].answer == "apple river"
+
+
+def test_seeds_come_from_the_key_and_the_number_of_the_turn(player):
+    play(games(), player)
+    for turn, call in enumerate(player.engine.calls):
+        going = [number for number, length in enumerate(LENGTHS) if turn < length]
+        assert [request.seed for request in call] == [seed_of("run", number, turn) for number in going]
+
+
+def test_an_episode_does_not_depend_on_the_others(student_tokenizer):
+    """What is said is a function of prompt and seed, so it is the same alone and in company."""
+    player = player_saying(student_tokenizer, lambda request: f"{request.seed % 97} {sum(request.ids) % 97}")
+    together = play(games(), player)
+    for number, episode in enumerate(games()):
+        (alone,) = collect([(("run", number), episode)], player, max_new_tokens=8)
+        assert alone == together[number]
+
+
+def test_every_episode_is_closed(player):
+    episodes = games()
+    play(episodes, player)
+    assert all(episode.closed for episode in episodes)
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_every_episode_is_closed_also_when_an_error_ends_the_play(student_tokenizer, error):
+    def fail(request: Request) -> str:
+        if "stone" in student_tokenizer.decode(request.ids):
+            raise error
+        return "apple"
+
+    episodes = games()
+    with pytest.raises(error):
+        play(episodes, player_saying(student_tokenizer, fail))
+    assert all(episode.closed for episode in episodes)
+    assert not any(episode.done for episode in episodes)
+
+
+def test_progress_is_told_after_every_round(player):
+    told: list[tuple[int, int]] = []
+    play(games(), player, on_progress=lambda finished, total: told.append((finished, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_no_episode_is_no_trajectory(player):
+    assert play([], player) == []

@@ -1,0 +1,76 @@
+"""A game without an engine, and an engine without a model, for tests of everything around them."""
+
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+
+from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.tasks.base import Episode, Split, Task
+from lsm_lightning.types import Completion, Message
+
+WORDS = ("apple", "river", "stone")
+
+
+class EchoEpisode(Episode):
+    """Asks for a word again and again: `turns` turns, the reward is the share that was echoed."""
+
+    def __init__(self, word: str, turns: int) -> None:
+        self.kind = word
+        self.answers: list[str] = []
+        self.closed = 0
+        self._turns = turns
+
+    def messages(self) -> Sequence[Message]:
+        assert not self.done
+        said = self.answers[-1] if self.answers else "nothing"
+        return [{"role": "user", "content": f"You said {said[:8]}, now say {self.kind}."}]
+
+    def step(self, answer: str) -> None:
+        assert not self.done
+        self.answers.append(answer)
+        self.invalid_actions += not answer.strip()
+        self.done = len(self.answers) == self._turns
+        self.reward = sum(self.kind in said for said in self.answers) / self._turns
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class EchoGames(Task):
+    """Every other game is one turn longer.
+
+    Args:
+        turns: Of the shorter games.
+        test_size: Number of test games.
+        max_new_tokens: Longest answer.
+    """
+
+    def __init__(self, turns: int = 2, test_size: int = 4, max_new_tokens: int = 6) -> None:
+        self.turns = turns
+        self.max_new_tokens = max_new_tokens
+        self._test_size = test_size
+
+    def setup(self) -> None:
+        pass
+
+    def test_size(self) -> int:
+        return self._test_size
+
+    def episode(self, split: Split, index: int) -> EchoEpisode:
+        return EchoEpisode(WORDS[index % len(WORDS)], self.turns + index % 2)
+
+
+class ScriptedEngine(Engine):
+    """Writes what `answer` makes of a request, and remembers what it was asked."""
+
+    def __init__(self, answer: Callable[[Request], Completion]) -> None:
+        self.answer = answer
+        self.calls: list[list[Request]] = []
+
+    def sync(self, model: object) -> None:
+        pass
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+    ) -> list[Completion]:
+        self.calls.append(list(requests))
+        return [self.answer(request) for request in requests]
