@@ -3,6 +3,7 @@
 import difflib
 import logging
 import re
+import shlex
 import sys
 import warnings
 from collections.abc import Sequence
@@ -43,14 +44,36 @@ class CLI(LightningCLI):
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
         parser.set_defaults(
             {
-                "checkpoint.filename": "step-{step}",
-                "checkpoint.auto_insert_metric_name": False,
-                "checkpoint.every_n_train_steps": 50,
+                # One file, checkpoints/last.ckpt; set save_top_k and filename to keep more.
+                "checkpoint.filename": "last",
+                "checkpoint.save_top_k": 0,
                 "checkpoint.save_last": True,
+                "checkpoint.every_n_train_steps": 20,
                 "checkpoint.save_on_exception": True,
                 "checkpoint.enable_version_counter": False,
             }
         )
+
+    def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
+        """Train; after Ctrl-C, tell where the checkpoint is and how to go on.
+
+        Raises:
+            Interrupted: Ctrl-C was pressed; Lightning has saved a checkpoint by then.
+        """
+        try:
+            self.trainer.fit(model, **kwargs)
+        except SystemExit as error:  # how Lightning leaves after Ctrl-C
+            checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
+            if checkpoint:
+                raise Interrupted(
+                    f"Interrupted after step {self.trainer.global_step}. Saved {checkpoint}; add --ckpt_path "
+                    f"{shlex.quote(checkpoint)} to the same command to go on."
+                ) from error
+            raise Interrupted("Interrupted before the first step was done; nothing to save.") from error
+
+
+class Interrupted(Exception):  # noqa: N818 - not an error
+    """Ctrl-C ended the run in order; the text says where it stands."""
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -67,7 +90,8 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
 
     Raises:
         ConfigurationError: Something the user chose cannot work.
-        SystemExit: After `--help`, or after Ctrl-C once the checkpoint is saved.
+        Interrupted: Ctrl-C was pressed.
+        SystemExit: After `--help`.
     """
     _quieten()
     return CLI(
@@ -90,14 +114,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 fine, 2 a mistake in what was asked for (told in one line), 130 after Ctrl-C.
     """
     try:
-        cli = run(arguments)
+        run(arguments)
     except ConfigurationError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Interrupted as interruption:
+        print(interruption, file=sys.stderr)
+        return 130
     except KeyboardInterrupt:
         print("Interrupted before training began; nothing to save.", file=sys.stderr)
         return 130
-    del cli
     return 0
 
 
@@ -112,6 +138,8 @@ def _quieten() -> None:
     for message in (
         ".*does not have many workers.*",  # the loader deals out step numbers; the work is done in the step
         ".*treespec, LeafSpec.*",  # Lightning's own use of torch
+        ".*Checkpoint directory .* exists and is not empty.*",  # so it does when a run is resumed
+        ".*your dataloader is not resumable.*",  # the data module keeps the position
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -10,7 +10,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler
 
 from lsm_lightning.datamodule import AlternatingTasks
@@ -117,14 +117,18 @@ class OnPolicyDistillation(LightningModule):
             self._shard()
 
     def _shard(self) -> None:
-        """Layers, body and head are FSDP2 units of their own: the head is used apart from the body."""
+        """Layers and body are FSDP2 units; so is the head, which is used apart from the body, unless it is tied."""
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        for layer in self.student.base_model.layers:
-            fully_shard(layer, mesh=mesh)
-        for unit in (self.student.base_model, self.student.get_output_embeddings(), self.student):
-            if not isinstance(unit, FSDPModule):
-                fully_shard(unit, mesh=mesh)
+        body, head = self.student.base_model, self.student.get_output_embeddings()
+        embedding = self.student.get_input_embeddings()
+        tied = head.weight is embedding.weight
+        for unit in (*body.layers, body):
+            fully_shard(unit, mesh=mesh)
+        if tied:
+            head.weight = embedding.weight  # sharding replaced the body's parameter by a distributed one
+        else:
+            fully_shard(head, mesh=mesh)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, and its schedule."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -62,19 +63,22 @@ class OutputHead:
                 f"The output layer of {type(model).__name__} is {type(layer).__name__}, not a linear layer: "
                 "its logits cannot be computed one by one. Use a model with a linear head."
             )
+        weight, bias = (_whole(parameter) for parameter in (layer.weight, layer.bias))
+        assert weight is not None
         config = model.config
         scale = getattr(config, "logit_scale", None) or 1.0
         if scaling := getattr(config, "logits_scaling", None):
             scale = 1.0 / scaling
         return cls(
-            weight=layer.weight,
-            bias=layer.bias,
+            weight=weight,
+            bias=bias,
             scale=float(scale),
             soft_cap=getattr(config, "final_logit_softcapping", None),
         )
 
     def logits(self, hidden: Float[Tensor, "n d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Logits at K ids a position, in float32 or wider."""
+        hidden = hidden.to(self.weight.dtype)
         return self._finish(gather_logits(hidden, self.weight, ids, self.bias))
 
     def log_normaliser(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
@@ -89,7 +93,7 @@ class OutputHead:
 
     def all_logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits of the whole vocabulary, for callers that take a few rows at a time."""
-        return self._finish(nn.functional.linear(hidden, self.weight, self.bias))
+        return self._finish(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
 
     def _log_sum_exp(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.all_logits(hidden).logsumexp(-1)
@@ -97,3 +101,10 @@ class OutputHead:
     def _finish(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+
+def _whole(parameter: Tensor | None) -> Tensor | None:
+    """A sharded parameter gathered from all processes; its gradient is averaged over them, as FSDP2 does."""
+    if not isinstance(parameter, DTensor):
+        return parameter
+    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)

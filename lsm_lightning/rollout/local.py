@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.pretrained import DType
 from lsm_lightning.rollout.base import Engine, Request, Sampling
 from lsm_lightning.types import Completion
 
@@ -25,12 +26,14 @@ class LocalEngine(Engine):
 
     Args:
         batch_size: Answers written side by side; lower it where memory is short.
+        dtype: Of the replica's weights; `auto` is the student's own.
     """
 
-    def __init__(self, batch_size: int = 256) -> None:
+    def __init__(self, batch_size: int = 256, dtype: DType = "auto") -> None:
         if batch_size < 1:
             raise ConfigurationError(f"LocalEngine(batch_size={batch_size}): at least one answer at a time is needed.")
         self.batch_size = batch_size
+        self.dtype: DType = dtype
         self._replica: PreTrainedModel | None = None
 
     @classmethod
@@ -43,7 +46,7 @@ class LocalEngine(Engine):
     def sync(self, model: PreTrainedModel) -> None:
         """Copy the weights into the replica, made at the first call; sharded ones are gathered one at a time."""
         if self._replica is None:
-            self._replica = _unsharded_copy(model)
+            self._replica = _unsharded_copy(model, model.dtype if self.dtype == "auto" else getattr(torch, self.dtype))
         with torch.no_grad():
             for mine, theirs in zip(self._replica.parameters(), model.parameters(), strict=True):
                 mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
@@ -198,13 +201,10 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _unsharded_copy(model: PreTrainedModel) -> PreTrainedModel:
+def _unsharded_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
-        replica = type(model)(copy.deepcopy(model.config))
-        replica.to(device=model.device, dtype=model.dtype)  # type: ignore[call-arg]
-    else:
-        replica = copy.deepcopy(model)
+    with torch.device(model.device):
+        replica = type(model)(copy.deepcopy(model.config)).to(dtype=dtype)  # type: ignore[call-arg]
     return replica.eval().requires_grad_(False)
 
 
