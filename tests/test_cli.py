@@ -1,0 +1,285 @@
+"""What a person meets at the command line: settings that build, and mistakes told in one line."""
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from lightning.pytorch import Trainer
+
+from lsm_lightning.cli import main
+
+ROOT = Path(__file__).parent.parent
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+OVERLAYS = [path for path in CONFIGS if "tasks" not in yaml.safe_load(path.read_text()).get("data", {})]
+"""Laid over the quickstart, as they say in their first lines."""
+ONE_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto --trainer.precision 32-true"
+
+
+@pytest.fixture(autouse=True)
+def _other_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeding leaves traces in the environment."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+        monkeypatch.setenv(name, "0")
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The exit status of the program with these arguments, in this process."""
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lsm-lightning", *arguments])
+        return main()
+
+    return run
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What was about to be trained."""
+    built: list[Any] = []
+    monkeypatch.setattr(Trainer, "fit", lambda self, model, datamodule=None, **_: built.extend((model, datamodule)))
+    return built
+
+
+@pytest.fixture
+def settings(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> dict[str, Any]:
+    """A run that would train for one step, to be spoilt."""
+    teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
+    return {
+        "model": {
+            "student": str(student_folder),
+            "teachers": {"sums": teacher},
+            "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
+            "mask": "tags",
+        },
+        "data": {
+            "tasks": {
+                "sums": {
+                    "class_path": "lsm_lightning.tasks.math.AdditionProblems",
+                    "init_args": {"max_new_tokens": 4, "test_size": 2},
+                }
+            },
+            "prompts_per_step": 2,
+            "samples_per_prompt": 1,
+        },
+        "trainer": {"max_steps": 1, "accelerator": "cpu", "default_root_dir": str(tmp_path), "logger": False},
+    }
+
+
+def write(settings: dict[str, Any], folder: Path) -> list[str]:
+    """The arguments of a run with these settings."""
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["fit", "--config", str(path)]
+
+
+# ---- settings that build --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[str(path.relative_to(ROOT / "configs")) for path in CONFIGS])
+def test_every_shipped_configuration_builds(path, run, built, monkeypatch, tmp_path):
+    """Nothing is loaded or downloaded for that."""
+    monkeypatch.chdir(tmp_path)
+    base = ["--config", str(ROOT / "configs" / "quickstart.yaml")] if path in OVERLAYS else []
+    assert run("fit", *base, "--config", str(path), *ONE_CPU.split()) == 0
+    model, data = built
+    assert model.teachers.keys() == data.tasks.keys()
+
+
+def test_the_seed_is_one_setting(settings, run, built, tmp_path):
+    assert run(*write(settings, tmp_path), "--seed_everything", "17") == 0
+    model, data = built
+    assert model.seed == data.seed == 17
+
+
+def test_settings_can_be_given_on_the_command_line(settings, run, built, tmp_path):
+    assert run(*write(settings, tmp_path), "--model.objective.init_args.k", "5", "--data.prompts_per_step", "3") == 0
+    model, data = built
+    assert model.objective.support_size == 5
+    assert data.prompts_per_step == {"sums": 3}
+
+
+# ---- mistakes -------------------------------------------------------------------------------------------------------
+
+Settings = dict[str, Any]
+
+
+def unknown_key(settings: Settings) -> None:
+    settings["model"]["micro_batch_tokns"] = 5
+
+
+def unknown_init_arg(settings: Settings) -> None:
+    settings["model"]["objective"]["init_args"]["kk"] = 5
+
+
+def unknown_class(settings: Settings) -> None:
+    settings["model"]["objective"]["class_path"] = "lsm_lightning.objectives.NoSuchObjective"
+
+
+def unknown_module(settings: Settings) -> None:
+    settings["data"]["tasks"]["sums"]["class_path"] = "no_such_package.Task"
+
+
+def class_of_another_kind(settings: Settings) -> None:
+    settings["model"]["objective"] = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": "x"}}
+
+
+def bad_literal(settings: Settings) -> None:
+    settings["model"]["mask"] = "taggs"
+
+
+def bad_literal_inside(settings: Settings) -> None:
+    settings["model"]["objective"]["init_args"]["support"] = "renormalize"
+
+
+def bad_number(settings: Settings) -> None:
+    settings["data"]["prompts_per_step"] = "many"
+
+
+def k_of_one(settings: Settings) -> None:
+    settings["model"]["objective"]["init_args"]["k"] = 1
+
+
+def k_too_large(settings: Settings) -> None:
+    settings["model"]["objective"]["init_args"]["k"] = 1234
+
+
+def bad_top_p(settings: Settings) -> None:
+    settings["model"]["sampling"] = {"top_p": 1.5}
+
+
+def no_tasks(settings: Settings) -> None:
+    settings["data"]["tasks"] = {}
+
+
+def missing_student(settings: Settings) -> None:
+    settings["model"]["student"] = "./no/such/student"
+
+
+def missing_teacher(settings: Settings) -> None:
+    settings["model"]["teachers"]["sums"]["init_args"]["path"] = "./no/such/teacher"
+
+
+def unknown_embedded(settings: Settings) -> None:
+    settings["model"]["student"] = "embedded:professor"
+
+
+def task_without_teacher(settings: Settings) -> None:
+    settings["data"]["tasks"]["chess"] = settings["data"]["tasks"]["sums"]
+
+
+def teacher_without_task(settings: Settings) -> None:
+    settings["model"]["teachers"]["chess"] = settings["model"]["teachers"]["sums"]
+
+
+def unknown_scheduled_task(settings: Settings) -> None:
+    pattern = {"pattern": ["sums", "poetry"]}
+    settings["data"]["schedule"] = {"class_path": "lsm_lightning.schedules.Repeating", "init_args": pattern}
+
+
+def numbers_for_another_task(settings: Settings) -> None:
+    settings["data"]["prompts_per_step"] = {"chess": 3}
+
+
+def no_end_in_sight(settings: Settings) -> None:
+    del settings["trainer"]["max_steps"]
+
+
+def prompt_beyond_the_context(settings: Settings) -> None:
+    settings["data"]["tasks"]["sums"]["init_args"]["max_new_tokens"] = 4000
+
+
+MISTAKES: list[tuple[Callable[[Settings], None], str]] = [
+    (unknown_key, "micro_batch_tokns"),
+    (unknown_init_arg, "kk"),
+    (unknown_class, "NoSuchObjective"),
+    (unknown_module, "no_such_package"),
+    (class_of_another_kind, "LocalTeacher"),
+    (bad_literal, "taggs"),
+    (bad_literal_inside, "renormalize"),
+    (bad_number, "many"),
+    (k_of_one, "k=1"),
+    (k_too_large, "k=1234"),
+    (bad_top_p, "top_p=1.5"),
+    (no_tasks, "data.tasks"),
+    (missing_student, "./no/such/student"),
+    (missing_teacher, "./no/such/teacher"),
+    (unknown_embedded, "embedded:professor"),
+    (task_without_teacher, "chess"),
+    (teacher_without_task, "chess"),
+    (unknown_scheduled_task, "poetry"),
+    (numbers_for_another_task, "chess"),
+    (no_end_in_sight, "max_steps"),
+    (prompt_beyond_the_context, "max_new_tokens=4000"),
+]
+
+
+def assert_one_error_line(stderr: str, names: str) -> None:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("error: ")
+    assert names in lines[0]
+
+
+@pytest.mark.filterwarnings("ignore:`max_epochs` was not set")
+@pytest.mark.parametrize(("spoil", "names"), MISTAKES, ids=[spoil.__name__ for spoil, _ in MISTAKES])
+def test_a_mistake_is_told_in_one_line_that_names_it(settings, run, spoil, names, tmp_path, capfd):
+    arguments = ["--summary.evaluate", "false"] if spoil in (k_too_large, prompt_beyond_the_context) else []
+    spoil(settings)
+    assert run(*write(settings, tmp_path), *arguments) == 2
+    assert_one_error_line(capfd.readouterr().err, names)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["fit", "--config", "no/such/run.yaml"], "no/such/run.yaml"),
+        (["fit", "--model.student"], "student"),
+        (["fit", "--modl.student", "x"], "modl.student"),
+        (["tune"], "tune"),
+        (["fit"], "student"),
+        ([], "fit"),
+    ],
+    ids=["missing file", "no value", "unknown option", "unknown command", "nothing set", "no command"],
+)
+def test_a_mistake_on_the_command_line_is_told_in_one_line(run, arguments, names, capfd):
+    assert run(*arguments) == 2
+    assert_one_error_line(capfd.readouterr().err, names)
+
+
+def test_a_broken_file_is_named(run, tmp_path, capfd):
+    (tmp_path / "broken.yaml").write_text("model: {student: [unclosed\n")
+    assert run("fit", "--config", str(tmp_path / "broken.yaml")) == 2
+    assert_one_error_line(capfd.readouterr().err, "broken.yaml")
+
+
+# ---- as a program ---------------------------------------------------------------------------------------------------
+
+
+def program(*arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run([sys.executable, "-m", "lsm_lightning", *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def test_a_mistake_ends_the_program_with_status_two_and_no_traceback(settings, tmp_path):
+    task_without_teacher(settings)
+    finished = program(*write(settings, tmp_path))
+    assert finished.returncode == 2
+    assert_one_error_line(finished.stderr, "chess")
+
+
+def test_help_is_there():
+    finished = program("fit", "--help")
+    assert finished.returncode == 0
+    for option in ("--model.student", "--data.tasks", "--trainer.max_steps", "--seed_everything"):
+        assert option in finished.stdout
+    assert "Traceback" not in finished.stderr
+
+
+def test_importing_the_package_is_light():
+    heavy = "torch", "transformers", "lightning", "matplotlib"
+    code = f"import sys, lsm_lightning; assert not sys.modules.keys() & set({heavy!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
