@@ -103,6 +103,10 @@ def test_settings_can_be_given_on_the_command_line(settings, run, built, tmp_pat
     assert data.prompts_per_step == {"sums": 3}
 
 
+def test_a_run_can_do_without_its_progress_line(settings, run, built, tmp_path):
+    assert run(*write(settings, tmp_path), "--trainer.enable_progress_bar", "false") == 0
+
+
 # ---- mistakes -------------------------------------------------------------------------------------------------------
 
 Settings = dict[str, Any]
@@ -193,6 +197,10 @@ def prompt_beyond_the_context(settings: Settings) -> None:
     settings["data"]["tasks"]["sums"]["init_args"]["max_new_tokens"] = 4000
 
 
+def gpus_that_are_not_there(settings: Settings) -> None:
+    settings["trainer"] |= {"accelerator": "gpu", "devices": 99}
+
+
 MISTAKES: list[tuple[Callable[[Settings], None], str]] = [
     (unknown_key, "micro_batch_tokns"),
     (unknown_init_arg, "kk"),
@@ -215,6 +223,7 @@ MISTAKES: list[tuple[Callable[[Settings], None], str]] = [
     (numbers_for_another_task, "chess"),
     (no_end_in_sight, "max_steps"),
     (prompt_beyond_the_context, "max_new_tokens=4000"),
+    (gpus_that_are_not_there, "gpu"),
 ]
 
 

@@ -1,0 +1,427 @@
+"""Real runs of a few steps: what training, stopping, going on and sharing out the work must not change."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from scripted import EchoGames
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor
+
+from lsm_lightning import module as module_module
+from lsm_lightning.cli import TRAINER_DEFAULTS
+from lsm_lightning.datamodule import AlternatingTasks
+from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.objectives import LocalSupportMatching, SampledToken
+from lsm_lightning.rollout import LocalEngine, Sampling
+from lsm_lightning.tasks.math import AdditionProblems
+from lsm_lightning.teacher import LocalTeacher
+
+ROOT = Path(__file__).parent.parent
+pytestmark = [
+    # Lightning's advice on loaders and checkpoints, which the command line leaves out too (`cli._quieten`).
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*AFTER optimization"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
+
+
+@dataclass
+class History(Callback):
+    """What every step logged, times left out."""
+
+    steps: list[dict[str, float]] = field(default_factory=list)
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/seconds/" not in name}
+        task = ("sums", "echo")[(trainer.global_step - 1) % 2]
+        self.steps.append({name: value for name, value in metrics.items() if name.startswith((task, "optimizer"))})
+
+
+@dataclass
+class Run:
+    """A run on tiny models, ready to start."""
+
+    trainer: Trainer
+    module: OnPolicyDistillation
+    data: AlternatingTasks
+    history: History
+
+    def fit(self, checkpoint: Path | None = None) -> "Run":
+        self.trainer.fit(self.module, self.data, ckpt_path=checkpoint, weights_only=False)
+        return self
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        return {name: value.detach().clone() for name, value in self.module.student.state_dict().items()}
+
+
+Prepare = Callable[..., Run]
+
+
+def halving(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+
+
+@pytest.fixture
+def prepare(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> Iterator[Prepare]:
+    """Builds runs of two tasks in turn, each with its own teacher."""
+
+    def prepare(
+        steps: int, folder: str = "run", teacher: Path = teacher_folder, optimizer: Any = torch.optim.AdamW,
+        lr: float = 1e-2, **settings: Any,
+    ) -> Run:  # fmt: skip
+        root = tmp_path / folder
+        module = OnPolicyDistillation(
+            **{
+                "student": str(student_folder),
+                "teachers": {name: LocalTeacher(str(teacher)) for name in ("sums", "echo")},
+                "objective": LocalSupportMatching(k=8),
+                "optimizer": lambda parameters: optimizer(parameters, lr=lr, weight_decay=0.0),
+                "lr_scheduler": halving,
+                "engine": LocalEngine(),
+                "micro_batch_tokens": 200,
+                **settings,
+            }
+        )
+        data = AlternatingTasks(
+            tasks={"sums": AdditionProblems(digits=1, max_new_tokens=8, test_size=5), "echo": EchoGames(test_size=3)},
+            prompts_per_step={"sums": 3, "echo": 2},
+            samples_per_prompt=2,
+        )
+        history = History()
+        checkpoint = ModelCheckpoint(
+            dirpath=root / "checkpoints", filename="last", save_top_k=0, save_last=True, every_n_train_steps=20,
+            save_on_exception=True, enable_version_counter=False,
+        )  # fmt: skip
+        trainer = Trainer(
+            accelerator="cpu", devices=1, max_steps=steps, default_root_dir=root, enable_progress_bar=False,
+            logger=TensorBoardLogger(root, name=None), callbacks=[history, checkpoint], limit_val_batches=0,
+            **TRAINER_DEFAULTS,
+        )  # fmt: skip
+        return Run(trainer=trainer, module=module, data=data, history=history)
+
+    before = signal.getsignal(signal.SIGINT)
+    yield prepare
+    signal.signal(signal.SIGINT, before)
+
+
+def checkpoint_of(tmp_path: Path, folder: str = "run") -> Path:
+    return tmp_path / folder / "checkpoints" / "last.ckpt"
+
+
+def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    return max((after[name] - before[name]).abs().max().item() for name in before)
+
+
+def assert_identical(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+# ---- learning -------------------------------------------------------------------------------------------------------
+
+
+def test_a_student_taught_by_itself_stays(prepare, student, student_folder):
+    """Plain gradient descent: Adam would blow rounding up to full steps."""
+    run = prepare(2, teacher=student_folder, optimizer=torch.optim.SGD, lr=0.1).fit()
+    start = {name: value.float() for name, value in student.state_dict().items()}
+    assert largest_change(start, run.weights) < 1e-6
+    assert all(
+        abs(step[f"{task}/train/kl"]) < 1e-6 for step, task in zip(run.history.steps, ("sums", "echo"), strict=True)
+    )
+
+
+def test_a_student_taught_by_another_moves(prepare, student):
+    run = prepare(2, optimizer=torch.optim.SGD, lr=0.1).fit()
+    start = {name: value.float() for name, value in student.state_dict().items()}
+    assert largest_change(start, run.weights) > 1e-3
+    assert run.history.steps[0]["sums/train/kl"] > 0.1
+
+
+@pytest.mark.parametrize("objective", [LocalSupportMatching(k=8), LocalSupportMatching(k=8, support="tail_bucket")])
+def test_the_divergence_falls(prepare, objective):
+    run = prepare(12, objective=objective, lr_scheduler=None).fit()
+    first, *_, last = [step["sums/train/kl"] for step in run.history.steps[::2]]
+    assert last < 0.9 * first
+
+
+def test_tasks_take_turns_and_every_step_is_one_optimiser_step(prepare):
+    run = prepare(4).fit()
+    assert run.trainer.global_step == 4
+    assert run.data.step == 4
+    told = [{name.split("/")[0] for name in step} - {"optimizer"} for step in run.history.steps]
+    assert told == [{"sums"}, {"echo"}, {"sums"}, {"echo"}]
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_micro_batch_size_changes_no_step(prepare, tokens):
+    whole = prepare(2, "whole", optimizer=torch.optim.SGD).fit()
+    parts = prepare(2, "parts", optimizer=torch.optim.SGD, micro_batch_tokens=tokens).fit()
+    assert largest_change(whole.weights, parts.weights) < 1e-5
+
+
+def test_the_same_settings_give_the_same_run_bit_for_bit(prepare):
+    one, other = prepare(2, "one").fit(), prepare(2, "other").fit()
+    assert_identical(one.weights, other.weights)
+    assert one.history.steps == other.history.steps
+    reseeded = prepare(2, "reseeded", seed=1).fit()
+    assert largest_change(one.weights, reseeded.weights) > 1e-4
+
+
+def test_a_step_whose_mask_keeps_nothing_is_skipped_and_the_run_goes_on(prepare, monkeypatch, capsys):
+    right, calls = module_module.loss_mask, []
+
+    def nothing_at_the_second(*arguments: Any) -> Any:
+        mask = right(*arguments)
+        calls.append(run.weights)
+        return replace(mask, keep=torch.zeros_like(mask.keep)) if len(calls) == 2 else mask
+
+    monkeypatch.setattr(module_module, "loss_mask", nothing_at_the_second)
+    run = prepare(3)
+    run.fit()
+    assert capsys.readouterr().out.count("Skipped a step") == 1
+    assert_identical(calls[1], calls[2])  # nothing moved, not even by momentum
+    assert run.trainer.global_step == 3
+    assert run.data.step == 4
+    assert all(value.isfinite().all() for value in run.weights.values())
+
+
+def test_the_sampled_token_baseline_trains_too(prepare):
+    run = prepare(2, objective=SampledToken(reward_clip=5.0), sampling=Sampling(top_p=1.0)).fit()
+    assert run.history.steps[0]["sums/train/gradient_norm"] > 0
+    assert 0 < run.history.steps[0]["sums/train/reward_positive"] < 1
+
+
+# ---- stopping and going on ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def uninterrupted(prepare: Prepare) -> Run:
+    return prepare(4, "uninterrupted").fit()
+
+
+def assert_same_from(resumed: Run, whole: Run, first: int) -> None:
+    assert_identical(resumed.weights, whole.weights)
+    assert resumed.history.steps == whole.history.steps[first:]
+    assert resumed.trainer.global_step == whole.trainer.global_step
+    assert resumed.data.step == whole.data.step
+
+
+@pytest.mark.parametrize("done", [1, 2, 3])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(prepare, uninterrupted, tmp_path, done):
+    prepare(done, "first").fit()
+    resumed = prepare(4, "first").fit(checkpoint_of(tmp_path, "first"))
+    assert_same_from(resumed, uninterrupted, done)
+
+
+def interrupt_at(run: Run, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C at the third step."""
+    owner, name = {
+        "rollout": (run.module.engine, "generate"),
+        "teacher": (run.module.teachers["sums"], "score"),
+        "backward": (run.module, "manual_backward"),
+        "schedule": (run.module, "lr_schedulers"),
+        "logging": (run.module, "_log_step"),
+    }[where]
+    right = getattr(owner, name)
+
+    def interrupted(*arguments: Any, **options: Any) -> Any:
+        # `advance` comes before logging, so the step's number is one up by then
+        if run.data.step == (3 if where == "logging" else 2):
+            raise KeyboardInterrupt
+        return right(*arguments, **options)
+
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+@pytest.mark.parametrize("where", ["rollout", "teacher", "backward", "schedule", "logging"])
+def test_a_run_interrupted_inside_a_step_can_go_on_as_if_nothing_was(
+    prepare, uninterrupted, tmp_path, monkeypatch, where
+):
+    run = prepare(4, "first")
+    interrupt_at(run, where, monkeypatch)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit()
+    resumed = prepare(4, "first").fit(checkpoint_of(tmp_path, "first"))
+    # An interrupt after the optimiser's step costs what that step would have logged, and nothing else.
+    assert_same_from(resumed, uninterrupted, 3 if where in ("schedule", "logging") else 2)
+
+
+def test_an_error_inside_a_step_saves_a_checkpoint_too(prepare, tmp_path, monkeypatch):
+    run = prepare(4, "first")
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory left")
+
+    monkeypatch.setattr(run.module.teachers["echo"], "score", fail)
+    with pytest.raises(RuntimeError, match="no memory left"):
+        run.fit()
+    assert prepare(2, "first").fit(checkpoint_of(tmp_path, "first")).history.steps[0].keys() >= {"echo/train/kl"}
+
+
+def test_runs_in_one_process_share_no_engine(student_folder, teacher_folder):
+    """An engine holds a replica of one student."""
+    one, other = (
+        OnPolicyDistillation(str(student_folder), {"sums": LocalTeacher(str(teacher_folder))}) for _ in range(2)
+    )
+    assert one.engine is not other.engine
+
+
+# ---- what is left behind --------------------------------------------------------------------------------------------
+
+
+def test_a_checkpoint_holds_the_student_and_where_the_run_stands(prepare, tmp_path, student_folder):
+    run = prepare(3).fit()
+    checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=False)
+    assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student"}
+    assert len(checkpoint["state_dict"]) == len(run.module.student.state_dict())
+    assert checkpoint["AlternatingTasks"] == {"step": 3}
+    assert checkpoint["student"] == str(student_folder)
+
+
+def test_curves_of_every_task_are_written(prepare, tmp_path):
+    run = prepare(4).fit()
+    events = EventAccumulator(run.trainer.logger.log_dir).Reload()
+    for task, first in (("sums", 0), ("echo", 1)):
+        points = events.Scalars(f"{task}/train/kl")
+        assert [point.value for point in points] == pytest.approx(
+            [step[f"{task}/train/kl"] for step in run.history.steps[first::2]], rel=1e-6
+        )
+        for name in ("train/reward", "train/loss", "train/response_tokens", "mask/kept", "train/gradient_norm"):
+            assert len(events.Scalars(f"{task}/{name}")) == 2
+
+
+def test_numbers_of_a_step_are_in_their_bounds(prepare):
+    run = prepare(4).fit()
+    for step in run.history.steps:
+        for name, value in step.items():
+            assert value == value, name
+            if "/mask/" in name or name.endswith(("reward", "truncated", "teacher_mass", "top1_agreement")):
+                assert 0 <= value <= 1 + 1e-6, name
+
+
+def test_validation_measures_every_task(prepare):
+    run = prepare(1)
+    run.trainer.limit_val_batches = 1.0
+    (scores,) = run.trainer.validate(run.module, run.data, verbose=False)
+    assert scores["sums/eval/n"] == 5
+    assert scores["echo/eval/n"] == 3
+    for task in ("sums", "echo"):
+        assert 0 <= scores[f"{task}/eval/low"] <= scores[f"{task}/eval/value"] <= scores[f"{task}/eval/high"] <= 1
+
+
+# ---- more than one process ------------------------------------------------------------------------------------------
+
+STRATEGIES: dict[str, dict[str, Any]] = {
+    "one process": {"devices": 1},
+    "two processes": {"devices": 2, "strategy": "ddp"},
+    "two shards": {
+        "devices": 2,
+        "strategy": {
+            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
+            "init_args": {
+                "data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False,
+                "process_group_backend": "gloo",
+            },
+        },
+    },
+}  # fmt: skip
+
+
+def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str, Any]) -> list[str]:
+    """A run of two steps from the command line, on an odd number of problems."""
+    local = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher)}}
+    settings = {
+        "model": {
+            "student": str(student),
+            "teachers": {"sums": local, "echo": local},
+            "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
+            "micro_batch_tokens": 100,
+        },
+        "data": {
+            "tasks": {
+                "sums": {
+                    "class_path": "lsm_lightning.tasks.math.AdditionProblems",
+                    "init_args": {"digits": 1, "max_new_tokens": 8, "test_size": 3},
+                },
+                "echo": {"class_path": "scripted.EchoGames", "init_args": {"test_size": 3}},
+            },
+            "prompts_per_step": 5,
+            "samples_per_prompt": 1,
+        },
+        "trainer": {
+            "max_steps": 2,
+            "accelerator": "cpu",
+            "default_root_dir": str(folder),
+            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
+            **strategy,
+        },
+        "summary": {"evaluate": False},
+        "checkpoint": {"dirpath": str(folder)},
+    }
+    folder.mkdir()
+    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
+    return ["fit", "--config", str(folder / "settings.yaml")]
+
+
+@pytest.fixture(scope="module")
+def finished(
+    student_folder: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """The folder of a run by the name of its strategy."""
+    root = tmp_path_factory.mktemp("processes")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+
+    @cache
+    def finish(name: str) -> Path:
+        folder = root / name.replace(" ", "-")
+        arguments = arguments_of(folder, student_folder, teacher_folder, STRATEGIES[name])
+        command = [sys.executable, "-m", "lsm_lightning", *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return folder
+
+    return finish
+
+
+def weights_in(folder: Path) -> dict[str, Tensor]:
+    return torch.load(folder / "last.ckpt", weights_only=False)["state_dict"]
+
+
+def logged(folder: Path) -> dict[str, float]:
+    """The last value of every number that has nothing to do with time."""
+    values: dict[str, float] = {}
+    for path in folder.rglob("metrics.csv"):
+        for row in csv.DictReader(path.read_text().splitlines()):
+            values |= {name: float(value) for name, value in row.items() if value and "/seconds/" not in name}
+    return {name: value for name, value in values.items() if name not in ("epoch", "step")}
+
+
+@pytest.mark.parametrize("strategy", ["two processes", "two shards"])
+def test_several_processes_learn_what_one_learns(finished, student, strategy):
+    one = weights_in(finished("one process"))
+    assert largest_change(one, weights_in(finished(strategy))) < 1e-5
+    start = {f"student.{name}": value.float() for name, value in student.state_dict().items()}
+    assert largest_change(one, start) > 1e-3  # there was something to learn
+
+
+@pytest.mark.parametrize("strategy", ["two processes", "two shards"])
+def test_several_processes_tell_what_one_tells(finished, strategy):
+    assert logged(finished(strategy)) == pytest.approx(logged(finished("one process")), rel=1e-4, abs=1e-6)
