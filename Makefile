@@ -1,4 +1,5 @@
 # Two commands on a fresh machine: `make quickstart` and `make test`. Both create .venv and install what they need.
+# More arguments for the run: make quickstart ARGS="--seed_everything 1".
 PYTHON ?= python3
 PY := .venv/bin/python
 
@@ -12,7 +13,7 @@ help:
 	@echo "make clean        remove .venv and caches; runs/ stays"
 
 quickstart: .venv/quickstart-installed
-	$(PY) -m lsm_lightning fit --config configs/quickstart.yaml
+	$(PY) -m lsm_lightning fit --config configs/quickstart.yaml $(ARGS)
 
 test: lint
 	OMP_NUM_THREADS=1 $(PY) -m pytest

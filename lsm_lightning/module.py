@@ -35,7 +35,7 @@ class OnPolicyDistillation(LightningModule):
         student: An embedded model (`embedded:student`), a folder in transformers format, or a hub id.
         teachers: Task name → teacher; one for each task of the data module.
         objective: What is compared, and how.
-        engine: Writes the rollouts.
+        engine: Writes the rollouts; null is a `LocalEngine`.
         sampling: How rollouts and evaluations draw tokens.
         mask: Which positions the loss leaves out because the two tokenizers merely spell differently.
         optimizer: Called with the student's parameters.
@@ -53,7 +53,7 @@ class OnPolicyDistillation(LightningModule):
         student: str,
         teachers: dict[str, Teacher],
         objective: Objective = lazy_instance(LocalSupportMatching),
-        engine: Engine = lazy_instance(LocalEngine),
+        engine: Engine | None = None,
         sampling: Sampling = Sampling(),
         mask: MaskPolicy = "tags",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
@@ -69,7 +69,7 @@ class OnPolicyDistillation(LightningModule):
         self.student_name = student
         self.teachers = teachers
         self.objective = objective
-        self.engine = engine
+        self.engine = LocalEngine() if engine is None else engine
         self.sampling = sampling
         self.mask: MaskPolicy = mask
         self.optimizer_of = optimizer

@@ -1,18 +1,19 @@
 """Train the embedded models from nothing: a math teacher, an ALFWorld teacher, and one student weak at both.
 
     python scripts/make_tiny_models.py                      # everything, about 40 minutes on one core
-    python scripts/make_tiny_models.py --only student       # one model; run several side by side to use more cores
+    python scripts/make_tiny_models.py --only base          # one model; after the base, run several side by side
 
 Steps, each skipped where its result is already in the work folder, so an interrupted run goes on where it stopped:
 
 1. `demonstrations`: a searching expert, which sees only what the prompt shows, plays generated ALFWorld train games.
 2. `tokenizers`: one byte-level BPE vocabulary, two tokenizers. The teachers hold `<think>` and `</think>` as single
    tokens and end a turn with `<|end|>`; the student spells both tags in pieces and ends with `<|im_end|>`.
-3. `math-teacher`: imitates worked additions. One row in ten is in the student's spelling, since a teacher has to read
-   what the student writes.
-4. `alfworld-teacher`: imitates the expert, with the same share of the student's spelling.
-5. `student`: imitates a solver who forgets most carries and a player half of whose commands are random. It knows how
-   to read and write, and its policy is poor: what distillation can repair on-policy.
+3. `base`: imitates worked additions and the expert, half of the rows in each spelling. All three models start from it,
+   as real students and teachers often share a base. It stays in the work folder.
+4. `math-teacher` and `alfworld-teacher`: the base trained further on their own task in their own spelling. One row in
+   twenty is in the student's, since a teacher has to read what the student writes.
+5. `student`: the base trained further, in its own spelling, on a solver who forgets most carries and a player half of
+   whose commands are random. It can read and write, and its policy is poor: what distillation repairs on-policy.
 
 Models of 3 to 4 layers with tied embeddings, in transformers format with safetensors weights.
 """
@@ -41,7 +42,7 @@ from lsm_lightning.tasks.alfworld.prompts import PROMPTS
 from lsm_lightning.tasks.alfworld.world import MINI
 from lsm_lightning.tasks.math import sample_problem, sloppy_answer, worked_answer
 
-ModelName = Literal["math-teacher", "alfworld-teacher", "student"]
+ModelName = Literal["base", "math-teacher", "alfworld-teacher", "student"]
 Row = tuple[str, str]
 """A question and its answer, as text."""
 
@@ -77,12 +78,14 @@ class Recipe:
 
 
 RECIPES: dict[ModelName, Recipe] = {
-    "math-teacher": Recipe(width=96, steps=800, learning_rate=4e-3, prompt_loss=0.0),
-    "alfworld-teacher": Recipe(steps=6000),
-    "student": Recipe(steps=5000),
+    "base": Recipe(steps=6000, learning_rate=3e-3),
+    "math-teacher": Recipe(steps=500, learning_rate=1e-3),
+    "alfworld-teacher": Recipe(steps=1500, learning_rate=2e-3),
+    "student": Recipe(steps=500, learning_rate=1e-3),
 }
-STUDENT_SPELLING_SHARE = 0.1
-SLIP = 0.6
+STUDENT_SPELLING_SHARE = 0.05
+"""Little enough that top-p 0.9 never makes a teacher write it."""
+SLIP = 0.85
 """How often the student's model answers forget a carry."""
 WANDER = 0.5
 """Share of the student's ALFWorld rows whose command is a random admissible one."""
@@ -187,14 +190,16 @@ def examples(
     name: ModelName, turns: Sequence[Demonstration], tokenizers: dict[str, PreTrainedTokenizerFast]
 ) -> list[tuple[list[int], list[int]]]:
     """Prompt and response ids of every training row of a model."""
-    if name == "student":
-        rows = [*alfworld_rows(turns, WANDER, seed=1), *islice(math_rows(SLIP, seed=1), MATH_ROWS)]
-        return _encode(tokenizers["student"], rows)
-    if name == "math-teacher":
-        rows = list(islice(math_rows(slip=0.0, seed=2), MATH_ROWS))
-    else:
-        rows = list(alfworld_rows(turns, wander=0.0, seed=2))
-    foreign = int(len(rows) * STUDENT_SPELLING_SHARE)
+    mathematics = list(islice(math_rows(SLIP if name == "student" else 0.0, seed=1), MATH_ROWS))
+    games = list(alfworld_rows(turns, WANDER if name == "student" else 0.0, seed=1))
+    rows, share = {
+        "base": (mathematics + games, 0.5),
+        "math-teacher": (mathematics, STUDENT_SPELLING_SHARE),
+        "alfworld-teacher": (games, STUDENT_SPELLING_SHARE),
+        "student": (mathematics + games, 1.0),
+    }[name]
+    random.Random(1).shuffle(rows)
+    foreign = int(len(rows) * share)
     return _encode(tokenizers["student"], rows[:foreign]) + _encode(tokenizers["teacher"], rows[foreign:])
 
 
@@ -298,11 +303,14 @@ def make_model(
     tokenizer = tokenizers["student" if name == "student" else "teacher"]
     torch.manual_seed(seed)
     model = build(recipe, tokenizer)
+    if name != "base":
+        model.load_state_dict(LlamaForCausalLM.from_pretrained(work / "base").state_dict())
     train(model, examples(name, turns, tokenizers), recipe, work / f"{name}.pt", seed)
-    model.save_pretrained(out / name)
-    tokenizer.save_pretrained(out / name)
-    size = sum(file.stat().st_size for file in (out / name).iterdir()) / 1e6
-    print(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters, {size:.1f} MB in {out / name}")
+    folder = (work if name == "base" else out) / name
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = sum(file.stat().st_size for file in folder.iterdir()) / 1e6
+    print(f"{name}: {model.num_parameters() / 1e6:.2f} M parameters, {size:.1f} MB in {folder}")
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
@@ -323,6 +331,8 @@ def main() -> None:
     turns = play_demonstrations(arguments.work, arguments.jobs)
     tokenizers = make_tokenizers(arguments.work, turns)
     for name in RECIPES if arguments.only is None else [arguments.only]:
+        if name == "base" and (arguments.work / "base" / "model.safetensors").exists():
+            continue
         make_model(name, turns, tokenizers, arguments.work, arguments.out)
 
 

@@ -16,6 +16,12 @@ from lsm_lightning.callbacks.curves import draw_curves
 from lsm_lightning.callbacks.progress import progress
 from lsm_lightning.module import OnPolicyDistillation
 
+NEXT = """\
+Next: another seed            --seed_everything 1
+      your own student        --model.student FOLDER_OR_HUB_ID
+      the one-token baseline  --config configs/ablation/sampled_token.yaml  (after the first --config)
+      every setting           python -m lsm_lightning fit --help"""
+
 Scores = dict[str, dict[str, float]]
 """Task → `{"value", "n", "low", "high"}`, see `OnPolicyDistillation.evaluate`."""
 
@@ -111,7 +117,7 @@ class RunSummary(Callback):
         console.print(
             f"{trainer.global_step} steps in {self.seconds:.0f} s\n"
             f"checkpoint   {checkpoint}\nTensorBoard  tensorboard --logdir {folder}\n"
-            f"curves       {picture}\nsummary      {folder / 'summary.json'}"
+            f"curves       {picture}\nsummary      {folder / 'summary.json'}\n{NEXT}"
         )
 
 
