@@ -36,7 +36,8 @@ class OnPolicyDistillation(LightningModule):
         teachers: Task name → teacher; one for each task of the data module.
         objective: What is compared, and how.
         engine: Writes the rollouts; null is a `LocalEngine`.
-        sampling: How rollouts and evaluations draw tokens.
+        sampling: How rollouts draw tokens.
+        eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
         mask: Which positions the loss leaves out because the two tokenizers merely spell differently.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once a training step.
@@ -55,6 +56,7 @@ class OnPolicyDistillation(LightningModule):
         objective: Objective = lazy_instance(LocalSupportMatching),
         engine: Engine | None = None,
         sampling: Sampling = Sampling(),
+        eval_sampling: Sampling = Sampling(),
         mask: MaskPolicy = "tags",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
@@ -71,6 +73,7 @@ class OnPolicyDistillation(LightningModule):
         self.objective = objective
         self.engine = LocalEngine() if engine is None else engine
         self.sampling = sampling
+        self.eval_sampling = eval_sampling
         self.mask: MaskPolicy = mask
         self.optimizer_of = optimizer
         self.lr_scheduler_of = lr_scheduler
@@ -162,7 +165,12 @@ class OnPolicyDistillation(LightningModule):
             for index in batch.indices
             for sample in range(batch.samples_per_prompt)
         ]
-        return collect(episodes, self.player, max_new_tokens=task.max_new_tokens, on_progress=self.on_rollout_progress)
+        return collect(
+            episodes,
+            self.player(self.sampling),
+            max_new_tokens=task.max_new_tokens,
+            on_progress=self.on_rollout_progress,
+        )
 
     def update(self, turns: list[Turn], support: Support, mask: LossMask) -> tuple[StepTotals, float]:
         """One optimiser step; none, with a warning, where no process has a position to learn from.
@@ -219,7 +227,7 @@ class OnPolicyDistillation(LightningModule):
         """
         if player is None:
             self.engine.sync(self.student)
-            player = self.player
+            player = self.player(self.eval_sampling)
         indices = self._data.eval_indices(task)
         played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)
         rate = SuccessRate().to(self.device)
@@ -227,10 +235,9 @@ class OnPolicyDistillation(LightningModule):
         score = {name: value.item() for name, value in rate.compute().items()}
         return score | {"n": int(score["n"])}
 
-    @property
-    def player(self) -> Player:
+    def player(self, sampling: Sampling) -> Player:
         """The student as a writer of answers, with the weights of the last `engine.sync`."""
-        return Player(engine=self.engine, tokenizer=self.tokenizer, turn_end=self.turn_end, sampling=self.sampling)
+        return Player(engine=self.engine, tokenizer=self.tokenizer, turn_end=self.turn_end, sampling=sampling)
 
     # ---- the rest ---------------------------------------------------------------------------------------------------
 

@@ -14,6 +14,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def bench_phases() -> list[dict[str, Any]]:
                 scale=1 / int(mask.keep.sum()), backward=lambda loss: loss.backward(),
             )  # fmt: skip
             clock.append(time.perf_counter())
-        spent = [after - before for before, after in zip(clock, clock[1:], strict=False)]
+        spent = [after - before for before, after in pairwise(clock)]
         names = ("rollout", "teacher", "mask", "update")
         rows.append(
             {"task": name, "turns": len(turns), "tokens": sum(len(turn.completion.ids) for turn in turns)}
@@ -178,8 +179,8 @@ def main() -> None:
         results[title] = run()
         show(title, results[title])
     head, rollout = list(results.values())[2:]
-    print(f"K rows are {head[1]['seconds'] / head[0]['seconds']:.1f} times faster than all logits; "
-          f"LocalEngine writes {rollout[0]['tokens/s'] / rollout[1]['tokens/s']:.1f} times the tokens of model.generate.")  # fmt: skip
+    print(f"K rows are {head[1]['seconds'] / head[0]['seconds']:.1f} times faster than all logits.")
+    print(f"LocalEngine writes {rollout[0]['tokens/s'] / rollout[1]['tokens/s']:.1f} times as fast as model.generate.")
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -62,7 +62,7 @@ class RunSummary(Callback):
             return
         for name, teacher in pl_module.teachers.items():
             with progress(f"evaluating the {name} teacher") as on_progress:
-                self.teacher[name] = pl_module.evaluate(name, teacher.player(pl_module.sampling), on_progress)
+                self.teacher[name] = pl_module.evaluate(name, teacher.player(pl_module.eval_sampling), on_progress)
         self.before = self._evaluate_student(trainer, pl_module, "before")
 
     def on_train_batch_end(
