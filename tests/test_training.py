@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -394,8 +395,14 @@ def finished(
         folder = root / name.replace(" ", "-")
         arguments = arguments_of(folder, student_folder, teacher_folder, STRATEGIES[name])
         command = [sys.executable, "-m", "lsm_lightning", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        output = folder / "output.txt"
+        with output.open("w") as file:
+            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=root, env=environment, process_group=0)
+        try:
+            assert process.wait(timeout=120) == 0, output.read_text()[-3000:]
+        finally:  # a second process that lost the first would wait for it for long
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
         return folder
 
     return finish
