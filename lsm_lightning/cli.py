@@ -7,8 +7,13 @@ import shlex
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
@@ -54,6 +59,12 @@ class CLI(LightningCLI):
             }
         )
 
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        """Leave the progress line out where it is switched off; Lightning would refuse the pair."""
+        if config.get("enable_progress_bar") is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressLine)]
+        return super()._instantiate_trainer(config, callbacks)
+
     def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
         """Train; after Ctrl-C, tell where the checkpoint is and how to go on.
 
@@ -80,6 +91,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
+    # The end of a run is `max_steps`; there are no epochs.
+    "max_epochs": -1,
     # The data module deals out problems to processes itself.
     "use_distributed_sampler": False,
 }
@@ -94,6 +107,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
         SystemExit: After `--help`.
     """
     _quieten()
+    _check_files(sys.argv[1:] if arguments is None else arguments)
     return CLI(
         OnPolicyDistillation,
         AlternatingTasks,
@@ -115,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         run(arguments)
-    except ConfigurationError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ConfigurationError, MisconfigurationException) as error:
+        print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
@@ -143,6 +157,18 @@ def _quieten() -> None:
         ".*your dataloader is not resumable.*",  # the data module keeps the position
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _check_files(arguments: Sequence[str]) -> None:
+    """Name the file whose YAML is broken; the parser tells what is wrong, but not where."""
+    values = [after for before, after in pairwise(arguments) if before in ("-c", "--config")]
+    values += [argument.partition("=")[2] for argument in arguments if argument.startswith("--config=")]
+    for path in map(Path, values):
+        try:
+            if path.is_file():
+                yaml.safe_load(path.read_text())
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigurationError(f"{path} is not valid YAML: {_one_line(str(error))}") from error
 
 
 def _one_line(message: str) -> str:

@@ -54,7 +54,8 @@ class AlternatingTasks(LightningDataModule):
         """Let every task check what it needs, before the first step.
 
         Raises:
-            ConfigurationError: A task lacks something or has no problems; there are fewer prompts than processes.
+            ConfigurationError: A task lacks something or has no problems; the schedule names another task; there are
+                fewer prompts than processes; the run has no end.
         """
         for name, task in self.tasks.items():
             try:
@@ -68,7 +69,9 @@ class AlternatingTasks(LightningDataModule):
                     f"prompts_per_step={self.prompts_per_step[name]} of task '{name}' is less than the "
                     f"{self._world_size} processes: raise it, so that each has something to play."
                 )
-        self.schedule.task_of(0, list(self.tasks))
+        self.schedule.check(list(self.tasks))
+        if stage == "fit" and self.trainer is not None and self.trainer.max_steps < 1:
+            raise ConfigurationError("A run needs an end: set trainer.max_steps to the number of training steps.")
 
     def batch(self, step: int) -> StepBatch:
         """This process's share of a step: a pure function of the settings and the step."""

@@ -10,7 +10,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lsm_lightning.types import Turn
-from tokenalign import Pair
+from tokenalign import Flag, Pair, TokenFlags
 
 MaskPolicy = Literal["none", "paper", "tags", "canonical", "strict"]
 """What to leave out; `none` keeps everything, the others are tokenalign's (see `tokenalign.TokenFlags.keep`)."""
@@ -28,7 +28,8 @@ class LossMask:
 def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask:
     """The mask of the turns' response positions, one turn after the other.
 
-    A position is left out where comparing student and teacher is about spelling conventions and not about the text.
+    A position is left out where comparing student and teacher is about spelling conventions and not about the text,
+    and, whatever the policy, where the teacher's vocabulary has no such token.
     """
     width = max((len(turn.completion.ids) for turn in turns), default=0)
     ids = np.zeros((len(turns), width), dtype=np.int64)
@@ -37,6 +38,7 @@ def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask
         ids[row, : len(turn.completion.ids)] = turn.completion.ids
         response[row, : len(turn.completion.ids)] = True
     flags = pair.flags(ids, response)
-    keep = response if policy == "none" else flags.keep(policy)
-    reasons = {name: count for name, count in flags.count().items() if name not in ("PAD", "PROMPT")}
+    keep = (response if policy == "none" else flags.keep(policy)) & ~flags.has(Flag.UNMAPPED)
+    counts = TokenFlags(ids=flags.ids[response], bits=flags.bits[response]).count()
+    reasons = {name: count for name, count in counts.items() if name not in ("PAD", "PROMPT")}
     return LossMask(keep=torch.from_numpy(keep[response]), reasons=reasons)

@@ -140,8 +140,12 @@ class OnPolicyDistillation(LightningModule):
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
-    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Play the batch's episodes, let the task's teacher score them, and make one update."""
+    def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
+        """Play the batch's episodes, let the task's teacher score them, and make one update.
+
+        Returns:
+            What was measured, for callbacks; the same numbers are logged.
+        """
         seconds: dict[str, float] = {}
         with _timed(seconds, "rollout"):
             trajectories = self.rollout(batch)
@@ -152,9 +156,8 @@ class OnPolicyDistillation(LightningModule):
         with _timed(seconds, "mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
         with _timed(seconds, "update"):
-            totals, gradient_norm = self.update(turns, support, mask)
-        self._data.advance(batch)
-        self._log_step(batch.task, trajectories, mask, totals, gradient_norm, seconds)
+            totals, gradient_norm = self.update(turns, support, mask, done=lambda: self._data.advance(batch))
+        return self._log_step(batch.task, trajectories, mask, totals, gradient_norm, seconds)
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
@@ -172,8 +175,16 @@ class OnPolicyDistillation(LightningModule):
             on_progress=self.on_rollout_progress,
         )
 
-    def update(self, turns: list[Turn], support: Support, mask: LossMask) -> tuple[StepTotals, float]:
-        """One optimiser step; none, with a warning, where no process has a position to learn from.
+    def update(
+        self, turns: list[Turn], support: Support, mask: LossMask, done: Callable[[], None]
+    ) -> tuple[StepTotals, float]:
+        """One optimiser step; none, with a message, where no process has a position to learn from.
+
+        Args:
+            turns: What was sampled.
+            support: The teacher's answer at its positions.
+            mask: Which of them count.
+            done: Called right after the optimiser's step, so that an interrupt cannot fall between the two.
 
         Returns:
             What this process summed up, and the norm of the whole gradient before clipping.
@@ -196,12 +207,14 @@ class OnPolicyDistillation(LightningModule):
         )
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.gradient_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        scheduler = self.lr_schedulers()
         if kept == 0:
             self.print("Skipped a step: the mask left no position to learn from.")
         else:
             optimizer.step()
-            if isinstance(scheduler := self.lr_schedulers(), LRScheduler):
+            if isinstance(scheduler, LRScheduler):
                 scheduler.step()
+        done()
         optimizer.zero_grad()
         return totals, float(norm)
 
@@ -249,7 +262,7 @@ class OnPolicyDistillation(LightningModule):
         totals: StepTotals,
         gradient_norm: float,
         seconds: dict[str, float],
-    ) -> None:
+    ) -> dict[str, float]:
         """Log `task/group/name` numbers, each a mean over all processes."""
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         tokens = sum(len(turn.completion.ids) for turn in turns)
@@ -268,7 +281,11 @@ class OnPolicyDistillation(LightningModule):
         metrics = {f"{task}/{name}": value for name, value in global_means(sums, self.device).items()}
         metrics[f"{task}/train/gradient_norm"] = gradient_norm
         metrics["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict(metrics, batch_size=1)
+        self.log_dict(metrics, batch_size=1, logger=False)
+        # Past Lightning's logging, which would repeat the other tasks' last values at this step.
+        for logger in self.loggers:
+            logger.log_metrics(metrics, self.trainer.global_step)
+        return metrics
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues."""

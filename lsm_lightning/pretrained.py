@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError
@@ -79,7 +80,7 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(name), **options)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigurationError):
             raise
         raise ConfigurationError(f"The model '{name}' cannot be loaded: {_first_line(error)}") from error

@@ -9,6 +9,9 @@ from lsm_lightning.errors import ConfigurationError
 class Schedule(ABC):
     """A pure function from the step to a task, so that a resumed run is in phase by itself."""
 
+    def check(self, tasks: Sequence[str]) -> None:  # noqa: B027 - most schedules fit any tasks
+        """Raise a `ConfigurationError` where the schedule does not fit the tasks."""
+
     @abstractmethod
     def task_of(self, step: int, tasks: Sequence[str]) -> str:
         """The task of a step (from 0); `tasks` in the order of the configuration."""
@@ -35,12 +38,11 @@ class Repeating(Schedule):
         self.pattern = pattern
 
     def task_of(self, step: int, tasks: Sequence[str]) -> str:
-        """See `Schedule.task_of`.
+        """See `Schedule.task_of`."""
+        return self.pattern[step % len(self.pattern)]
 
-        Raises:
-            ConfigurationError: The pattern names a task that is not configured.
-        """
-        name = self.pattern[step % len(self.pattern)]
-        if name not in tasks:
-            raise ConfigurationError(f"The schedule's pattern names the task '{name}'; there are {', '.join(tasks)}.")
-        return name
+    def check(self, tasks: Sequence[str]) -> None:
+        """See `Schedule.check`: every name of the pattern is a task."""
+        for name in self.pattern:
+            if name not in tasks:
+                raise ConfigurationError(f"The schedule's pattern names '{name}'; the tasks are {', '.join(tasks)}.")

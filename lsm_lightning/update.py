@@ -60,20 +60,19 @@ def accumulate_gradients(
             [turns[i].prompt.ids for i in members], [turns[i].completion.ids for i in members], student.device
         )
         rows = torch.tensor([place for i in members for place in places[i]], device=student.device)
+        # Masked positions are left out before anything is computed: they may hold infinities.
         kept = keep[rows] if group else torch.zeros_like(keep[rows])
         positions = Positions(
-            hidden=hidden_states(student, batch),
-            sampled=batch.targets,
-            keep=kept,
-            turn=batch.row,
-            support=support.rows(rows),
+            hidden=hidden_states(student, batch)[kept],
+            sampled=batch.targets[kept],
+            turn=batch.row[kept],
+            support=support.rows(rows[kept]),
         )
         loss = objective(OutputHead.of(student), positions)
-        # masked_fill, not a product: a masked position may hold anything, infinities included.
-        summed = loss.value.masked_fill(~kept, 0.0).sum()
+        summed = loss.value.sum()
         backward(summed * scale)
         totals.kept += int(kept.sum())
         totals.loss += summed.item()
         for name, value in loss.metrics.items():
-            totals.metrics[name] = totals.metrics.get(name, 0.0) + value[kept].sum().item()
+            totals.metrics[name] = totals.metrics.get(name, 0.0) + value.sum().item()
     return totals

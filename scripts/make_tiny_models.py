@@ -24,7 +24,7 @@ import pickle
 import random
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -80,7 +80,7 @@ class Recipe:
 RECIPES: dict[ModelName, Recipe] = {
     "base": Recipe(steps=6000, learning_rate=3e-3),
     "math-teacher": Recipe(steps=500, learning_rate=1e-3),
-    "alfworld-teacher": Recipe(steps=1500, learning_rate=2e-3),
+    "alfworld-teacher": Recipe(steps=2500, learning_rate=2e-3),
     "student": Recipe(steps=500, learning_rate=1e-3),
 }
 STUDENT_SPELLING_SHARE = 0.05
@@ -196,7 +196,7 @@ def examples(
         "base": (mathematics + games, 0.5),
         "math-teacher": (mathematics, STUDENT_SPELLING_SHARE),
         "alfworld-teacher": (games, STUDENT_SPELLING_SHARE),
-        "student": (mathematics + games, 1.0),
+        "student": (mathematics + games[: len(mathematics)], 1.0),
     }[name]
     random.Random(1).shuffle(rows)
     foreign = int(len(rows) * share)
@@ -204,6 +204,8 @@ def examples(
 
 
 def _encode(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[tuple[list[int], list[int]]]:
+    if not rows:
+        return []
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True, tokenize=False
@@ -244,9 +246,10 @@ def train(
     step = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        step = saved["step"]
+        if saved["recipe"] == asdict(recipe):  # else it is of another attempt
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            step = saved["step"]
     order = islice(_batches(rows, recipe.batch, seed), step, recipe.steps)
     running = 0.0
     for indices in track(order, f"training {checkpoint.stem}", total=recipe.steps - step):
@@ -262,7 +265,12 @@ def train(
         if step % 500 == 0:
             print(f"{checkpoint.stem} step {step}: answer loss {running / 500:.4f}", flush=True)
             running = 0.0
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+            state = {
+                "model": model.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "step": step,
+                "recipe": asdict(recipe),
+            }
             torch.save(state, checkpoint.with_suffix(".tmp"))
             checkpoint.with_suffix(".tmp").replace(checkpoint)
 

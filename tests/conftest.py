@@ -1,4 +1,6 @@
 import random
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,7 @@ import torch
 from tiny import SPECIAL, STUDENT_END, TEACHER_END, THINK_TAGS, chat_tokenizer, save_tiny, train_bpe
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from lsm_lightning.cli import main
 from lsm_lightning.pretrained import load_model, render
 from lsm_lightning.types import Completion, Prompt, Turn
 
@@ -68,3 +71,16 @@ def turns(student_tokenizer: PreTrainedTokenizerFast) -> list[Turn]:
             )
         )
     return made
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """The exit status of the program with these arguments, in this process."""
+    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seeding leaves traces in the environment
+        monkeypatch.setenv(name, "0")
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["lsm-lightning", *arguments])
+        return main()
+
+    return run

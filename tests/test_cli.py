@@ -10,31 +10,11 @@ import pytest
 import yaml
 from lightning.pytorch import Trainer
 
-from lsm_lightning.cli import main
-
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 OVERLAYS = [path for path in CONFIGS if "tasks" not in yaml.safe_load(path.read_text()).get("data", {})]
 """Laid over the quickstart, as they say in their first lines."""
 ONE_CPU = "--trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto --trainer.precision 32-true"
-
-
-@pytest.fixture(autouse=True)
-def _other_settings_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seeding leaves traces in the environment."""
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """The exit status of the program with these arguments, in this process."""
-
-    def run(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["lsm-lightning", *arguments])
-        return main()
-
-    return run
 
 
 @pytest.fixture

@@ -141,7 +141,7 @@ def test_fewer_prompts_than_processes_are_refused():
 
 @pytest.mark.parametrize("pattern", [["poetry"], ["math", "echo", "poetry"]], ids=["first", "last"])
 def test_a_schedule_that_names_an_unknown_task_is_refused_before_the_first_step(pattern):
-    with pytest.raises(ConfigurationError, match="'poetry'; there are math, echo"):
+    with pytest.raises(ConfigurationError, match="'poetry'; the tasks are math, echo"):
         module(schedule=Repeating(pattern)).setup("fit")
 
 

@@ -138,15 +138,11 @@ def test_the_quickstart_lowers_the_kl_in_its_first_steps(tmp_path):
         assert values[-1] < values[0], (task, values)
 
 
-def test_the_summary_of_a_run_is_complete(tmp_path, monkeypatch, capsys):
+def test_the_summary_of_a_run_is_complete(run, tmp_path, monkeypatch, capsys):
     """The files and the table at the end, of a run of two steps on math alone."""
-    from lsm_lightning.cli import main
-
     monkeypatch.chdir(tmp_path)
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
     arguments = ["--trainer.max_steps", "2", "--data.eval_problems", "20", "--trainer.accelerator", "cpu"]
-    assert main(["fit", "--config", str(ROOT / "configs" / "math.yaml"), *arguments]) == 0
+    assert run("fit", "--config", str(ROOT / "configs" / "math.yaml"), *arguments) == 0
     summary = json.loads((tmp_path / "runs" / "math" / "summary.json").read_text())
     for part in ("before", "after", "teacher"):
         score = summary[part]["math"]

@@ -10,8 +10,6 @@ from pathlib import Path
 import pytest
 from lightning.pytorch import Trainer
 
-from lsm_lightning.cli import main
-
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = {
@@ -20,12 +18,6 @@ BLOCKS = {
 COMMANDS = [
     line for block in BLOCKS["bash"] for line in block.replace("\\\n", " ").splitlines() if line and line[0] != "#"
 ]
-
-
-@pytest.fixture(autouse=True)
-def _settings_stay(monkeypatch):
-    for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.setenv(name, "0")
 
 
 def test_make_targets_exist():
@@ -42,13 +34,13 @@ def test_continuous_integration_runs_the_test_command_of_the_readme():
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "lsm_lightning" in line])
-def test_commands_parse_and_build(command, monkeypatch):
+def test_commands_parse_and_build(command, run, monkeypatch):
     monkeypatch.chdir(ROOT)
     built = []
     monkeypatch.setattr(Trainer, "fit", lambda self, model, datamodule=None, **_: built.append(model))
     words = shlex.split(command, comments=True)
     assert words[:3] == ["python", "-m", "lsm_lightning"]
-    assert main(words[3:]) == 0
+    assert run(*words[3:]) == 0
     assert len(built) == 1
 
 

@@ -24,5 +24,5 @@ def test_repeating_follows_its_pattern_from_step_zero(pattern, round_):
 def test_an_empty_pattern_and_an_unknown_task_are_refused():
     with pytest.raises(ConfigurationError, match="pattern"):
         Repeating([])
-    with pytest.raises(ConfigurationError, match="'poetry'; there are math, game"):
-        Repeating(["poetry"]).task_of(0, TASKS)
+    with pytest.raises(ConfigurationError, match="'poetry'; the tasks are math, game"):
+        Repeating(["math", "poetry"]).check(TASKS)

@@ -61,7 +61,7 @@ class BatchMean(Objective):
 
     def __call__(self, head: OutputHead, positions) -> Loss:
         loss = OBJECTIVES["lsm"](head, positions)
-        return Loss(value=loss.value / positions.keep.sum().clamp(min=1))
+        return Loss(value=loss.value / max(len(loss.value), 1))
 
 
 # ---- against a reference --------------------------------------------------------------------------------------------

@@ -60,8 +60,7 @@ class ProgressLine(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Note what the step measured."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        reward, kl = metrics.get(f"{batch.task}/train/reward"), metrics.get(f"{batch.task}/train/kl")
+        reward, kl = outputs.get(f"{batch.task}/train/reward"), outputs.get(f"{batch.task}/train/kl")
         if not self._enabled or reward is None or kl is None:
             return
         self._notes[batch.task] = f"{batch.task}: reward {reward:.2f}, KL {kl:.3f}"

@@ -69,8 +69,7 @@ class RunSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keep the step's reward and KL."""
-        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        point = {name: metrics.get(f"{batch.task}/train/{name}") for name in ("reward", "kl")}
+        point = {name: outputs.get(f"{batch.task}/train/{name}") for name in ("reward", "kl")}
         self.curves.append({"step": trainer.global_step, "task": batch.task, **point})
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,4 +18,5 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     centre = share + z * z / (2 * n)
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
-    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+    # At 0 and 1 one end is the share itself; rounding must not put it on the wrong side.
+    return min(share, (centre - half) / scale), max(share, (centre + half) / scale)

@@ -14,7 +14,7 @@ def global_means(sums: Mapping[str, tuple[float, float]], device: torch.device) 
     means = {}
     for name in sorted(sums):
         total, count = sums[name]
-        metric = MeanMetric(nan_strategy="disable").to(device)
+        metric = MeanMetric(nan_strategy="ignore").to(device)  # "disable" would also drop the weights
         metric.update(total / count if count else 0.0, weight=count)
         value = metric.compute().item()
         if metric.weight > 0:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from lsm_lightning.objectives.head import OutputHead
@@ -12,14 +12,12 @@ from lsm_lightning.types import Support
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
-    """N response positions of B turns, one turn after the other."""
+    """N response positions of B turns, one turn after the other; masked positions are not among them."""
 
     hidden: Float[Tensor, "n d"]
     """The student's last hidden state before each response token, with gradient."""
     sampled: Int[Tensor, " n"]
     """The token that the student sampled there."""
-    keep: Bool[Tensor, " n"]
-    """Where the loss may look."""
     turn: Int[Tensor, " n"]
     """Number of the turn within this micro-batch, not decreasing."""
     support: Support
@@ -30,9 +28,9 @@ class Loss:
     """A loss a position, not reduced: one place, the module, sums and divides."""
 
     value: Float[Tensor, " n"]
-    """Nats; its gradient trains the student. Where `Positions.keep` is false it is not looked at."""
+    """Nats; its gradient trains the student."""
     metrics: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
-    """Further numbers a position, without gradient, to be averaged over the kept positions and logged."""
+    """Further numbers a position, without gradient, to be averaged and logged."""
 
 
 class Objective(ABC):

@@ -44,7 +44,9 @@ def support_divergence(
     elif support == "tail_bucket":
         log_pi, log_q = _with_tail(log_pi), _with_tail(log_q)
     if divergence == "jsd":
-        mixture = torch.logaddexp(log_pi, log_q) - math.log(2)
+        # Where both are -inf, any finite number will do: such entries weigh 0, but would have a NaN gradient.
+        neither = (log_pi == -torch.inf) & (log_q == -torch.inf)
+        mixture = torch.logaddexp(log_pi.masked_fill(neither, 0.0), log_q.masked_fill(neither, 0.0)) - math.log(2)
         return (_kl(log_pi, mixture) + _kl(log_q, mixture)) / 2
     first, second = (log_pi, log_q) if divergence == "reverse_kl" else (log_q, log_pi)
     value = _kl(first, second)

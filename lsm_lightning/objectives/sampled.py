@@ -42,8 +42,11 @@ class SampledToken(Objective):
         return Loss(value=-advantages * log_probs, metrics={"kl": -rewards, "reward_positive": (rewards > 0).float()})
 
     def _advantages(self, rewards: Float[Tensor, " n"], positions: Positions) -> Float[Tensor, " n"]:
+        if self.gamma == 0 or len(rewards) == 0:
+            return rewards
         lengths = torch.bincount(positions.turn).tolist()
         padded = torch.nn.utils.rnn.pad_sequence(list(rewards.split(lengths)), batch_first=True)
-        keep = torch.nn.utils.rnn.pad_sequence(list(positions.keep.split(lengths)), batch_first=True)
-        returns = returns_to_go(padded, keep, self.gamma)
-        return torch.cat([row[:length] for row, length in zip(returns, lengths, strict=True)])
+        real = (
+            torch.arange(padded.shape[1], device=padded.device) < torch.tensor(lengths, device=padded.device)[:, None]
+        )
+        return returns_to_go(padded, real, self.gamma)[real]

@@ -116,7 +116,7 @@ class _Rows:
             mask=mask[rows],
             alive=torch.arange(len(requests), device=device),
             uniform=torch.tensor(draws, dtype=torch.float32, device=device),
-            turn_end=torch.tensor(sorted(turn_end), device=device),
+            turn_end=torch.tensor(sorted(turn_end), dtype=torch.long, device=device),
             tokens=torch.zeros(size, dtype=torch.long, device=device),
             log_probs=torch.zeros(size, device=device),
             lengths=torch.zeros(len(requests), dtype=torch.long, device=device),
@@ -178,11 +178,20 @@ def sample(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], sampling:
         return logits.argmax(-1)
     probs = (logits / sampling.temperature).softmax(-1)
     ordered, ids = probs.topk(min(NUCLEUS_GUESS, probs.shape[-1]), -1)
-    cumulative = ordered.cumsum(-1)
-    if ordered.shape[-1] < probs.shape[-1] and bool((cumulative[:, -1] < sampling.top_p).any()):
-        ordered, ids = probs.sort(-1, descending=True)
-        cumulative = ordered.cumsum(-1)
-    inside = ordered.masked_fill(cumulative - ordered >= sampling.top_p, 0.0).cumsum(-1)
+    tokens = _draw(ordered, ids, uniform, sampling.top_p)
+    flat = ordered.sum(-1) < sampling.top_p
+    if ordered.shape[-1] < probs.shape[-1] and bool(flat.any()):
+        # Only rows whose nucleus is larger are sorted: a row's order must not depend on the others.
+        tokens[flat] = _draw(*probs[flat].sort(-1, descending=True), uniform[flat], sampling.top_p)
+    return tokens
+
+
+def _draw(
+    ordered: Float[Tensor, "b k"], ids: Int[Tensor, "b k"], uniform: Float[Tensor, " b"], top_p: float
+) -> Int[Tensor, " b"]:
+    """Invert the cumulative distribution of the nucleus; `ordered` holds probabilities in falling order."""
+    before = ordered.cumsum(-1) - ordered
+    inside = ordered.masked_fill(before >= top_p, 0.0).cumsum(-1)
     rank = torch.searchsorted(inside, uniform[:, None] * inside[:, -1:], right=True)
     # Rounding may put the draw at the very end; the last token with any mass is the first to reach the total.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())
@@ -204,7 +213,12 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 def _unsharded_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
     with torch.device(model.device):
-        replica = type(model)(copy.deepcopy(model.config)).to(dtype=dtype)  # type: ignore[call-arg]
+        replica = type(model)(copy.deepcopy(model.config))
+    for parameter in replica.parameters():
+        parameter.data = parameter.data.to(dtype)
+    # Buffers, such as rotary frequencies, keep the model's own precision.
+    for mine, theirs in zip(replica.buffers(), model.buffers(), strict=True):
+        mine.data = theirs.detach().clone()
     return replica.eval().requires_grad_(False)
 
 

@@ -50,8 +50,14 @@ class LocalTeacher(Teacher):
         self.model = load_model(self.path, self.dtype).requires_grad_(False)
         self.model.to(device)  # type: ignore[arg-type]
         self.head = OutputHead.of(self.model)
-        self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), device=device)
-        self.pair = Pair(student, self.tokenizer)
+        self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
+        rows = self.head.weight.shape[0]
+        self.pair = Pair(
+            student,
+            self.tokenizer,
+            student_size=max(student_vocabulary, len(student)),
+            teacher_size=max(rows, len(self.tokenizer)),
+        )
         self._shared = self._shared_ids(student_vocabulary).to(device)
 
     @torch.no_grad()
@@ -63,7 +69,9 @@ class LocalTeacher(Teacher):
                 f"{int(self._shared.sum())} tokens. Lower the objective's k."
             )
         prompts = render(self.tokenizer, [list(turn.prompt.messages) for turn in turns])
-        responses = [turn.completion.ids for turn in turns]
+        # An id beyond the teacher's matrix (vocabularies are padded differently) is masked; here it only must not fail.
+        rows = self.head.weight.shape[0]
+        responses = [[i if i < rows else 0 for i in turn.completion.ids] for turn in turns]
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
         places = spans([len(response) for response in responses])
         parts: list[Support] = []

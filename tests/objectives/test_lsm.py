@@ -24,7 +24,6 @@ def positions(hidden: Tensor, support: Support, sampled: Tensor | None = None) -
     return Positions(
         hidden=hidden,
         sampled=torch.zeros(n, dtype=torch.long) if sampled is None else sampled,
-        keep=torch.ones(n, dtype=torch.bool),
         turn=torch.zeros(n, dtype=torch.long),
         support=support,
     )

@@ -17,19 +17,20 @@ def drawn(*shape: int, seed: int) -> Tensor:
 
 
 class Case:
-    """Three turns; hidden states are the logits themselves."""
+    """Three turns, without their masked positions; hidden states are the logits themselves."""
 
     def __init__(self, masked: tuple[int, ...] = ()) -> None:
+        kept = [i for i in range(N) if i not in masked]
         self.head = OutputHead(weight=torch.eye(V, dtype=torch.float64))
-        self.hidden = (drawn(N, V, seed=1) * 2).requires_grad_()
-        self.sampled = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))
-        self.keep = torch.tensor([i not in masked for i in range(N)])
-        self.support = top_support(drawn(N, V, seed=3) * 2, self.sampled, 1)
+        self.hidden = (drawn(N, V, seed=1)[kept] * 2).requires_grad_()
+        self.sampled = torch.randint(V, (N,), generator=torch.Generator().manual_seed(2))[kept]
+        self.support = top_support(drawn(N, V, seed=3)[kept] * 2, self.sampled, 1)
+        self.turn = [turn for turn, length in enumerate(LENGTHS) for _ in range(length)]
+        self.turn = [self.turn[i] for i in kept]
         self.positions = Positions(
             hidden=self.hidden,
             sampled=self.sampled,
-            keep=self.keep,
-            turn=torch.tensor([turn for turn, length in enumerate(LENGTHS) for _ in range(length)]),
+            turn=torch.tensor(self.turn, dtype=torch.long),
             support=self.support,
         )
 
@@ -40,25 +41,23 @@ class Case:
     def advantages(self, gamma: float, clip: float = float("inf")) -> list[float]:
         """Written out: each turn by itself, one position at a time."""
         rewards = [max(-clip, min(clip, r)) for r in (self.support.sampled - self.log_probs).tolist()]
-        result, first = [], 0
-        for length in LENGTHS:
-            places = range(first, first + length)
-            result += [sum(gamma ** (j - i) * rewards[j] for j in places if j >= i and self.keep[j]) for i in places]
-            first += length
-        return result
+        return [
+            sum(gamma ** (j - i) * rewards[j] for j in range(i, len(rewards)) if self.turn[j] == self.turn[i])
+            for i in range(len(rewards))
+        ]
 
 
-@pytest.mark.parametrize("masked", [(), (1, 3, 7)], ids=["all", "masked"])
+@pytest.mark.parametrize("masked", [(), (1, 3, 7), tuple(range(N))], ids=["all", "masked", "none left"])
 @pytest.mark.parametrize("clip", [None, 0.5])
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
 def test_gradient_is_the_policy_gradient(gamma, clip, masked):
     case = Case(masked)
     loss = SampledToken(gamma=gamma, reward_clip=clip)(case.head, case.positions)
-    (gradient,) = torch.autograd.grad(loss.value[case.keep].sum(), case.hidden)
+    (gradient,) = torch.autograd.grad(loss.value.sum(), case.hidden)
     one_hot = torch.nn.functional.one_hot(case.sampled, V).double()
     advantages = torch.tensor(case.advantages(gamma, clip or float("inf")), dtype=torch.float64)
     score = one_hot - case.hidden.softmax(-1)  # the gradient of log pi(y)
-    written = -(advantages * case.keep)[:, None] * score
+    written = -advantages[:, None] * score
     assert_close(gradient, written)
 
 
@@ -90,9 +89,7 @@ def test_kl_is_the_sampled_estimate_and_unclipped():
 def test_a_student_like_its_teacher_is_neither_rewarded_nor_moved():
     case = Case()
     support = top_support(case.hidden, case.sampled, 1)
-    same = Positions(
-        hidden=case.hidden, sampled=case.sampled, keep=case.keep, turn=case.positions.turn, support=support
-    )
+    same = Positions(hidden=case.hidden, sampled=case.sampled, turn=case.positions.turn, support=support)
     loss = SampledToken(gamma=1.0)(case.head, same)
     (gradient,) = torch.autograd.grad(loss.value.sum(), case.hidden)
     assert_close(gradient, torch.zeros_like(gradient), rtol=0, atol=1e-14)
