@@ -12,7 +12,7 @@ Steps, each skipped where its result is already in the work folder, so an interr
    as real students and teachers often share a base. It stays in the work folder.
 4. `math-teacher` and `alfworld-teacher`: the base trained further on their own task in their own spelling. One row in
    twenty is in the student's, since a teacher has to read what the student writes.
-5. `student`: the base trained further, in its own spelling, on a solver who forgets most carries and a player half of
+5. `student`: the base trained further, in its own spelling, on a solver who forgets most carries and a player most of
    whose commands are random. It can read and write, and its policy is poor: what distillation repairs on-policy.
 
 Models of 3 to 4 layers with tied embeddings, in transformers format with safetensors weights.
@@ -81,13 +81,13 @@ RECIPES: dict[ModelName, Recipe] = {
     "base": Recipe(steps=6000, learning_rate=3e-3),
     "math-teacher": Recipe(steps=500, learning_rate=1e-3),
     "alfworld-teacher": Recipe(steps=2500, learning_rate=2e-3),
-    "student": Recipe(steps=500, learning_rate=1e-3),
+    "student": Recipe(steps=300, learning_rate=5e-4),
 }
 STUDENT_SPELLING_SHARE = 0.05
 """Little enough that top-p 0.9 never makes a teacher write it."""
 SLIP = 0.85
 """How often the student's model answers forget a carry."""
-WANDER = 0.5
+WANDER = 0.6
 """Share of the student's ALFWorld rows whose command is a random admissible one."""
 
 

@@ -19,4 +19,4 @@ def wilson_interval(successes: float, n: int, z: float = 1.96) -> tuple[float, f
     half = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     scale = 1 + z * z / n
     # At 0 and 1 one end is the share itself; rounding must not put it on the wrong side.
-    return min(share, (centre - half) / scale), max(share, (centre + half) / scale)
+    return max(0.0, min(share, (centre - half) / scale)), min(1.0, max(share, (centre + half) / scale))
