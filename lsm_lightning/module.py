@@ -19,7 +19,7 @@ from lsm_lightning.evaluation import evaluate
 from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
-from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, turn_end_ids
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
@@ -111,8 +111,10 @@ class OnPolicyDistillation(LightningModule):
         if hasattr(self, "student"):
             return
         self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
-        self.student = load_model(self.student_name, self.dtype_name).train()
+        self.student = load_model(self.student_name, self.dtype_name)
         self.turn_end = turn_end_ids(self.student, self.tokenizer)
+        check_head(self.student)
+        self.student.train()
         vocabulary = OutputHead.of(self.student).weight.shape[0]
         for teacher in self.teachers.values():
             teacher.setup(self.tokenizer, vocabulary, self.device)

@@ -8,7 +8,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 COLOURS = matplotlib.colormaps["tab10"]
-SMOOTHING = 0.8
+SMOOTHING = 0.6
 """Share of the running mean that a new point keeps."""
 
 

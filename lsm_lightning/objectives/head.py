@@ -103,6 +103,24 @@ class OutputHead:
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
+@torch.no_grad()
+def check_head(model: PreTrainedModel) -> None:
+    """Compare the model's own logits with those of its `OutputHead`, at one position.
+
+    Raises:
+        ConfigurationError: They differ: the model does something to its logits that `OutputHead` does not know.
+    """
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    own = model(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    ours = OutputHead.of(model).all_logits(hidden).float()
+    if not torch.allclose(own, ours, rtol=0.02, atol=0.02 * float(own.abs().max())):
+        raise ConfigurationError(
+            f"{type(model).__name__} changes its logits in a way this library does not know (largest difference "
+            f"{float((own - ours).abs().max()):.3g}), so single logits cannot be computed. Use another model."
+        )
+
+
 def _whole(parameter: Tensor | None) -> Tensor | None:
     """A sharded parameter gathered from all processes; its gradient is averaged over them, as FSDP2 does."""
     if not isinstance(parameter, DTensor):

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, render, turn_end_ids
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
@@ -49,6 +49,7 @@ class LocalTeacher(Teacher):
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
         self.model = load_model(self.path, self.dtype).requires_grad_(False)
         self.model.to(device)  # type: ignore[arg-type]
+        check_head(self.model)
         self.head = OutputHead.of(self.model)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
         rows = self.head.weight.shape[0]

@@ -6,7 +6,7 @@ from torch.testing import assert_close
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import head as head_module
-from lsm_lightning.objectives.head import OutputHead, gather_logits
+from lsm_lightning.objectives.head import OutputHead, check_head, gather_logits
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -131,3 +131,15 @@ def test_a_head_that_is_no_matrix_is_refused():
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(32, 340), torch.nn.ReLU()))
     with pytest.raises(ConfigurationError, match="LlamaForCausalLM is Sequential, not a linear layer"):
         OutputHead.of(model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_known_family_passes_the_check_at_load(family):
+    check_head(tiny_model(family))
+
+
+def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
+    model = tiny_model("llama-tied")
+    model.config.logit_scale = 2.0  # which this family does not apply
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM changes its logits"):
+        check_head(model)
