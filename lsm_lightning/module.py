@@ -125,7 +125,8 @@ class OnPolicyDistillation(LightningModule):
         """Layers and body are FSDP2 units; so is the head, which is used apart from the body, unless it is tied."""
         assert self.device_mesh is not None
         mesh = self.device_mesh["data_parallel"]
-        body, head = self.student.base_model, self.student.get_output_embeddings()
+        body: Any = self.student.base_model
+        head = self.student.get_output_embeddings()
         embedding = self.student.get_input_embeddings()
         tied = head.weight is embedding.weight
         for unit in (*body.layers, body):

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError
+from tokenalign import Convention
 
 EMBEDDED = "embedded:"
 """Prefix of the models inside this package, as in `embedded:student`."""
@@ -102,10 +103,10 @@ def check_model(name: str) -> None:
 
 
 def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """Every token at which the model ends its turn: of its generation config and of its tokenizer."""
+    """Every token at which the model ends its turn: of its generation config, its tokenizer and its chat template."""
     config = model.generation_config.eos_token_id if model.generation_config is not None else None
     ids = config if isinstance(config, list) else [config]
-    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None)
+    return frozenset(i for i in (*ids, tokenizer.eos_token_id) if i is not None) | Convention.detect(tokenizer).turn_end
 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
