@@ -60,7 +60,7 @@ def bench_phases() -> list[dict[str, Any]]:
     objective = LocalSupportMatching(k=K)
     rows = []
     tasks: dict[str, tuple[Task, int, int]] = {
-        "math": (AdditionProblems(), 64, 1),
+        "math": (AdditionProblems(), 32, 1),
         "alfworld": (AlfworldGames(), 4, 4),
     }
     for name, (task, prompts, samples) in tasks.items():
