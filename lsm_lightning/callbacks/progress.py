@@ -16,7 +16,9 @@ SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
 @contextmanager
 def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports (finished, all)."""
+    """A bar for work that reports (finished, all); one plain line where the output is no terminal."""
+    if not sys.stdout.isatty():
+        print(f"{description} ...", flush=True)
     with _bar() as bar:
         task = bar.add_task(description, total=None, note="")
         yield lambda finished, total: bar.update(task, completed=finished, total=total)
