@@ -1,6 +1,6 @@
 """Train the embedded models from nothing: a math teacher, an ALFWorld teacher, and one student weak at both.
 
-    python scripts/make_tiny_models.py                      # everything, about 40 minutes on one core
+    python scripts/make_tiny_models.py                      # everything, about half an hour on one core
     python scripts/make_tiny_models.py --only base          # one model; after the base, run several side by side
 
 Steps, each skipped where its result is already in the work folder, so an interrupted run goes on where it stopped:
@@ -15,7 +15,7 @@ Steps, each skipped where its result is already in the work folder, so an interr
 5. `student`: the base trained further, in its own spelling, on a solver who forgets most carries and a player most of
    whose commands are random. It can read and write, and its policy is poor: what distillation repairs on-policy.
 
-Models of 3 to 4 layers with tied embeddings, in transformers format with safetensors weights.
+Models of 3 layers with tied embeddings, in transformers format with safetensors weights.
 """
 
 import argparse
