@@ -153,6 +153,7 @@ def _quieten() -> None:
         ".*does not have many workers.*",  # the loader deals out step numbers; the work is done in the step
         ".*treespec, LeafSpec.*",  # Lightning's own use of torch
         ".*Checkpoint directory .* exists and is not empty.*",  # so it does when a run is resumed
+        ".*The dirpath has changed from.*",  # a resumed run logs into a folder of its own
         ".*AFTER optimization.*",  # as it should be: a checkpoint follows its step
         ".*your dataloader is not resumable.*",  # the data module keeps the position
     ):
