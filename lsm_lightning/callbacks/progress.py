@@ -15,11 +15,16 @@ SECONDS_BETWEEN_PLAIN_LINES = 15.0
 
 
 @contextmanager
-def progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar for work that reports (finished, all); one plain line where the output is no terminal."""
-    if not sys.stdout.isatty():
+def progress(description: str, *, shown: bool = True) -> Iterator[Callable[[int, int], None]]:
+    """A bar for work that reports (finished, all); one plain line where the output is no terminal.
+
+    Args:
+        description: What is going on.
+        shown: False on all processes but the first.
+    """
+    if shown and not sys.stdout.isatty():
         print(f"{description} ...", flush=True)
-    with _bar() as bar:
+    with _bar(shown) as bar:
         task = bar.add_task(description, total=None, note="")
         yield lambda finished, total: bar.update(task, completed=finished, total=total)
 
@@ -86,7 +91,7 @@ class ProgressLine(ProgressBar):
             self._bar = None
 
 
-def _bar() -> Progress:
+def _bar(shown: bool = True) -> Progress:
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -95,6 +100,6 @@ def _bar() -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[note]}"),
         console=Console(),
-        disable=not sys.stdout.isatty(),
+        disable=not (shown and sys.stdout.isatty()),
         transient=True,
     )

@@ -61,7 +61,7 @@ class RunSummary(Callback):
         if not self.evaluate or self.before:
             return
         for name, teacher in pl_module.teachers.items():
-            with progress(f"evaluating the {name} teacher") as on_progress:
+            with progress(f"evaluating the {name} teacher", shown=trainer.is_global_zero) as on_progress:
                 self.teacher[name] = pl_module.evaluate(name, teacher.player(pl_module.eval_sampling), on_progress)
         self.before = self._evaluate_student(trainer, pl_module, "before")
 
@@ -98,7 +98,9 @@ class RunSummary(Callback):
     def _evaluate_student(self, trainer: Trainer, module: OnPolicyDistillation, when: str) -> Scores:
         scores = {}
         for name in module.teachers:
-            with progress(f"evaluating the student on {name} {when} training") as on_progress:
+            with progress(
+                f"evaluating the student on {name} {when} training", shown=trainer.is_global_zero
+            ) as on_progress:
                 scores[name] = module.evaluate(name, on_progress=on_progress)
         for logger in trainer.loggers:
             logger.log_metrics({f"{name}/eval/value": s["value"] for name, s in scores.items()}, trainer.global_step)

@@ -52,13 +52,7 @@ class LocalTeacher(Teacher):
         check_head(self.model)
         self.head = OutputHead.of(self.model)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
-        rows = self.head.weight.shape[0]
-        self.pair = Pair(
-            student,
-            self.tokenizer,
-            student_size=max(student_vocabulary, len(student)),
-            teacher_size=max(rows, len(self.tokenizer)),
-        )
+        self.pair = self._pair(student, student_vocabulary)
         self._shared = self._shared_ids(student_vocabulary).to(device)
 
     @torch.no_grad()
@@ -104,6 +98,20 @@ class LocalTeacher(Teacher):
             sampled=log_probs.gather(-1, sampled.unsqueeze(-1)).squeeze(-1),
             turn_end=log_probs[:, self.turn_end].logsumexp(-1),
         )
+
+    def _pair(self, student: PreTrainedTokenizerBase, student_vocabulary: int) -> Pair:
+        teacher_vocabulary = self.head.weight.shape[0]
+        try:
+            return Pair(
+                student,
+                self.tokenizer,
+                student_size=max(student_vocabulary, len(student)),
+                teacher_size=max(teacher_vocabulary, len(self.tokenizer)),
+            )
+        except ValueError as error:
+            raise ConfigurationError(
+                f"The tokenizers of student and teacher '{self.path}' cannot be compared: {error}"
+            ) from error
 
     def _shared_ids(self, student_vocabulary: int) -> Bool[Tensor, " v"]:
         """Which of the teacher's output rows mean the same token in the student's vocabulary.
