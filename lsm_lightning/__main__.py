@@ -1,16 +1,12 @@
 """`python -m lsm_lightning fit | validate --config FILE`."""
 
-import os
 import sys
-
-# Threads that spin while they wait cost a busy machine up to five times the time; this must precede torch's import.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 def main() -> int:
-    """Run the command line; importing is left until here so that the settings above come first."""
+    """Run the command line; classes of a configuration may stand in the current folder, as with `python -m`."""
+    if "" not in sys.path:
+        sys.path.insert(0, "")
     from lsm_lightning.cli import main as run_main
 
     return run_main()

@@ -1,4 +1,6 @@
-"""The command line: LightningCLI, with errors in one line and callbacks that every run has."""
+"""On-policy distillation of language models by local support matching."""
+
+# The command line: LightningCLI, with errors in one line and callbacks that every run has.
 
 import difflib
 import logging
@@ -6,6 +8,7 @@ import re
 import shlex
 import sys
 import warnings
+import zipfile
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,12 +17,12 @@ from typing import Any
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 
-from lsm_lightning.callbacks import ProgressLine, RunSummary
+from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary
 from lsm_lightning.datamodule import AlternatingTasks
-from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.module import OnPolicyDistillation
 
 
@@ -42,11 +45,11 @@ class CLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what does not come from the model and the data."""
-        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
-        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.add_lightning_class_args(RunSummary, "summary")
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(Checkpoint, "checkpoint")
         parser.set_defaults(
             {
                 # One file, checkpoints/last.ckpt; set save_top_k and filename to keep more.
@@ -60,10 +63,19 @@ class CLI(LightningCLI):
         )
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave the progress line out where it is switched off; Lightning would refuse the pair."""
-        if config.get("enable_progress_bar") is False:
-            callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressLine)]
+        """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder."""
+        for setting, kind in (("enable_progress_bar", ProgressLine), ("enable_checkpointing", Checkpoint)):
+            if config.get(setting) is False:
+                callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        if config.get("logger") in (None, True):
+            config["logger"] = TensorBoardLogger(config.get("default_root_dir") or "runs", name=None, flush_secs=10)
         return super()._instantiate_trainer(config, callbacks)
+
+    def _parse_ckpt_path(self) -> None:
+        """Look at the checkpoint before anything is loaded. Lightning's own way would let hyperparameters stored in it
+        override the command line."""
+        if self.config.get("subcommand"):
+            _check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
 
     def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
         """Train; after Ctrl-C, tell where the checkpoint is and how to go on.
@@ -73,7 +85,9 @@ class CLI(LightningCLI):
         """
         try:
             self.trainer.fit(model, **kwargs)
-        except SystemExit as error:  # how Lightning leaves after Ctrl-C
+        except SystemExit as error:
+            if not isinstance(error.__context__, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C
+                raise
             checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
             if checkpoint:
                 raise Interrupted(
@@ -93,6 +107,9 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "num_sanity_val_steps": 0,
     # The end of a run is `max_steps`; there are no epochs.
     "max_epochs": -1,
+    # Lightning's validation runs every so many steps, if `val_check_interval` asks for it.
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 10**9,
     # The data module deals out problems to processes itself.
     "use_distributed_sampler": False,
 }
@@ -115,6 +132,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         parser_class=Parser,
+        parser_kwargs={"prog": "python -m lsm_lightning", "description": __doc__.splitlines()[0] if __doc__ else ""},
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
@@ -125,13 +143,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command for a person.
 
     Returns:
-        The exit status: 0 fine, 2 a mistake in what was asked for (told in one line), 130 after Ctrl-C.
+        The exit status: 0 fine, 1 training diverged, 2 a mistake in what was asked for, 130 after Ctrl-C; all but the
+        first are told in one line.
     """
     try:
         run(arguments)
     except (ConfigurationError, MisconfigurationException) as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
+    except TrainingDivergedError as error:
+        print(f"stopped: {error}", file=sys.stderr)
+        return 1
     except Interrupted as interruption:
         print(interruption, file=sys.stderr)
         return 130
@@ -147,6 +169,7 @@ def _quieten() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     for message in (
@@ -158,6 +181,23 @@ def _quieten() -> None:
         ".*your dataloader is not resumable.*",  # the data module keeps the position
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _seed(value: bool | int) -> int:
+    """The seed as a number; `seed_everything` may also be a bool."""
+    if int(value) < 0:
+        raise ConfigurationError(f"seed_everything={value}: use 0 or a positive number.")
+    return int(value)
+
+
+def _check_checkpoint(path: str | Path | None) -> None:
+    """A file or a folder of a sharded checkpoint; Lightning's own words (`last`, `best`) are left to it."""
+    if path is None or str(path) in ("last", "best", "hpc", "registry"):
+        return
+    if not Path(path).exists():
+        raise ConfigurationError(f"--ckpt_path: there is no checkpoint '{path}'.")
+    if not (Path(path).is_dir() or zipfile.is_zipfile(path)):
+        raise ConfigurationError(f"--ckpt_path: '{path}' is not a checkpoint, or was cut off while it was written.")
 
 
 def _check_files(arguments: Sequence[str]) -> None:

@@ -41,6 +41,8 @@ class AlternatingTasks(LightningDataModule):
         super().__init__()
         if not tasks:
             raise ConfigurationError("data.tasks is empty: name at least one task.")
+        if eval_problems is not None and eval_problems < 1:
+            raise ConfigurationError(f"data.eval_problems={eval_problems}: use at least 1, or null for all.")
         self.tasks = tasks
         self.schedule = schedule
         self.prompts_per_step = _per_task("prompts_per_step", prompts_per_step, tasks)
@@ -60,6 +62,8 @@ class AlternatingTasks(LightningDataModule):
         for name, task in self.tasks.items():
             try:
                 task.setup()
+                if stage == "fit":
+                    task.episode("train", self.seed * PROBLEMS_PER_SEED).close()
             except ConfigurationError as error:
                 raise ConfigurationError(f"Task '{name}': {error}") from error
             if task.test_size() == 0:
@@ -116,10 +120,19 @@ class AlternatingTasks(LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The position in the schedule."""
-        return {"step": self.step}
+        return {"step": self.step, "tasks": list(self.tasks)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where the checkpoint stood."""
+        """Go on where the checkpoint stood.
+
+        Raises:
+            ConfigurationError: It was training on other tasks.
+        """
+        if state_dict["tasks"] != list(self.tasks):
+            raise ConfigurationError(
+                f"The checkpoint is of a run on {', '.join(state_dict['tasks'])}, not on {', '.join(self.tasks)}: "
+                "give the same tasks in the same order, or start without --ckpt_path."
+            )
         self.step = state_dict["step"]
 
     @property

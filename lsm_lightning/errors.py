@@ -1,4 +1,4 @@
-"""The one error type for what a user can set right."""
+"""Errors that are told in one line, without a traceback."""
 
 
 class ConfigurationError(ValueError):
@@ -6,3 +6,7 @@ class ConfigurationError(ValueError):
 
     The command line prints its text as one line, without a traceback, and exits with status 2.
     """
+
+
+class TrainingDivergedError(RuntimeError):
+    """The student's numbers are no longer finite; its last good checkpoint is left as it is."""

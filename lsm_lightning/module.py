@@ -1,8 +1,10 @@
 """One on-policy step: collect, score, mask, then micro-batches, then the optimiser."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,11 +12,12 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler
 
 from lsm_lightning.datamodule import AlternatingTasks
-from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
 from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
@@ -26,6 +29,9 @@ from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches
+
+SKIPPED_STEPS_ALLOWED = 10
+"""In a row, before a run that learns nothing is ended."""
 
 
 class OnPolicyDistillation(LightningModule):
@@ -68,6 +74,11 @@ class OnPolicyDistillation(LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
+        if micro_batch_tokens < 1 or gradient_clip <= 0:
+            raise ConfigurationError(
+                f"model.micro_batch_tokens={micro_batch_tokens} and model.gradient_clip={gradient_clip}: both must be "
+                "positive (a very large gradient_clip leaves gradients alone)."
+            )
         self.student_name = student
         self.teachers = teachers
         self.objective = objective
@@ -82,6 +93,7 @@ class OnPolicyDistillation(LightningModule):
         self.dtype_name: DType = dtype
         self.chat_template = chat_template
         self.seed = seed
+        self._skipped = 0
         self.on_rollout_progress: Callable[[int, int], None] | None = None
         """Told (finished, all) episodes while rollouts run; a progress bar sets it."""
 
@@ -102,6 +114,10 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 f"model.teachers.{idle[0]} belongs to no task: data.tasks has {', '.join(sorted(tasks))}."
             )
+        if self.trainer.precision == "16-mixed":
+            raise ConfigurationError(
+                "precision=16-mixed scales gradients before they are clipped here: use bf16-mixed or 32-true."
+            )
         check_model(self.student_name)
         for teacher in self.teachers.values():
             teacher.check()
@@ -110,14 +126,16 @@ class OnPolicyDistillation(LightningModule):
         """Load student and teachers; shard the student where the strategy is FSDP2 (`ModelParallelStrategy`)."""
         if hasattr(self, "student"):
             return
-        self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
-        self.student = load_model(self.student_name, self.dtype_name)
-        self.turn_end = turn_end_ids(self.student, self.tokenizer)
-        check_head(self.student)
-        self.student.train()
-        vocabulary = OutputHead.of(self.student).weight.shape[0]
-        for teacher in self.teachers.values():
-            teacher.setup(self.tokenizer, vocabulary, self.device)
+        # Lightning calls this with the accelerator as torch's default device and moves the student there later.
+        with torch.device("cpu"):
+            self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
+            self.student = load_model(self.student_name, self.dtype_name)
+            self.turn_end = turn_end_ids(self.student, self.tokenizer)
+            check_head(self.student)
+            self.student.train()
+            vocabulary = OutputHead.of(self.student).weight.shape[0]
+            for teacher in self.teachers.values():
+                teacher.setup(self.tokenizer, vocabulary, self.trainer.strategy.root_device)
         if self.device_mesh is not None:
             self._shard()
 
@@ -138,7 +156,10 @@ class OnPolicyDistillation(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, and its schedule."""
-        optimizer = self.optimizer_of(self.student.parameters())
+        try:
+            optimizer = self.optimizer_of(self.student.parameters())
+        except ValueError as error:
+            raise ConfigurationError(f"model.optimizer: {error}") from error
         return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
 
     # ---- one step ---------------------------------------------------------------------------------------------------
@@ -210,7 +231,18 @@ class OnPolicyDistillation(LightningModule):
         )
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.gradient_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not math.isfinite(float(norm)):
+            raise TrainingDivergedError(
+                f"The gradient of step {self.trainer.global_step + 1} is not finite: lower the learning rate "
+                f"({optimizer.param_groups[0]['lr']:g}) or model.gradient_clip ({self.gradient_clip:g})."
+            )
         scheduler = self.lr_schedulers()
+        self._skipped = 0 if kept else self._skipped + 1
+        if self._skipped > SKIPPED_STEPS_ALLOWED:
+            raise ConfigurationError(
+                f"The mask '{self.mask}' left no position to learn from in {self._skipped} steps in a row: choose "
+                "another model.mask, or see tokenalign's report on the two tokenizers."
+            )
         if kept == 0:
             self.print("Skipped a step: the mask left no position to learn from.")
         else:
@@ -290,9 +322,29 @@ class OnPolicyDistillation(LightningModule):
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
 
+    def save_student(self, folder: Path) -> None:
+        """Write the student and its tokenizer in transformers format; all processes call it together."""
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(self.student, options=options)
+        if self.trainer.is_global_zero:
+            self.student.save_pretrained(folder, state_dict=weights)
+            self.tokenizer.save_pretrained(folder)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues."""
         checkpoint["student"] = self.student_name
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another student.
+
+        Raises:
+            ConfigurationError: The checkpoint continues a student of another name.
+        """
+        if checkpoint.get("student", self.student_name) != self.student_name:
+            raise ConfigurationError(
+                f"The checkpoint is of the student '{checkpoint['student']}', not of '{self.student_name}': set "
+                "model.student to that one, or start without --ckpt_path."
+            )
 
     def _over_processes(self, value: int, operation: str) -> int:
         if self.trainer.world_size == 1:

@@ -47,7 +47,7 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
 
     Args:
         name: An embedded model, a folder or a hub id.
-        chat_template: A jinja2 template that replaces the tokenizer's own; needed where it has none.
+        chat_template: A jinja2 template, or a file with one, in place of the tokenizer's own.
 
     Raises:
         ConfigurationError: The tokenizer cannot be loaded, is not a fast one, or has no chat template.
@@ -57,11 +57,11 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"The tokenizer of '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise ConfigurationError(_not_loaded("tokenizer", name, error)) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(f"The tokenizer of '{name}' is not a fast one (no tokenizer.json): convert it first.")
     if chat_template is not None:
-        tokenizer.chat_template = chat_template
+        tokenizer.chat_template = _template(chat_template)
     if not tokenizer.chat_template:
         raise ConfigurationError(
             f"The tokenizer of '{name}' has no chat template, so prompts cannot be built. Put a chat_template.jinja "
@@ -70,6 +70,15 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _template(value: str) -> str:
+    """A chat template given as text or as a file."""
+    if "{{" in value or "{%" in value:
+        return value
+    if not Path(value).expanduser().is_file():
+        raise ConfigurationError(f"chat_template={value!r} is neither a jinja template nor a file that is there.")
+    return Path(value).expanduser().read_text()
 
 
 def load_model(name: str, dtype: DType) -> PreTrainedModel:
@@ -84,7 +93,7 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
     except (OSError, ValueError, SafetensorError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"The model '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise ConfigurationError(_not_loaded("model", name, error)) from error
     return model.eval()
 
 
@@ -99,7 +108,7 @@ def check_model(name: str) -> None:
     except (OSError, ValueError) as error:
         if isinstance(error, ConfigurationError):
             raise
-        raise ConfigurationError(f"The model '{name}' cannot be loaded: {_first_line(error)}") from error
+        raise ConfigurationError(_not_loaded("model", name, error)) from error
 
 
 def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -117,6 +126,11 @@ def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str
     ]
     ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return ids
+
+
+def _not_loaded(what: str, name: str, error: BaseException) -> str:
+    place = "" if Path(locate(name)).is_dir() else f" There is no folder '{name}' here, so it was taken for a hub id."
+    return f"The {what} of '{name}' cannot be loaded: {_first_line(error)}{place}"
 
 
 def _first_line(error: BaseException) -> str:

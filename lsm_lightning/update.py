@@ -68,7 +68,8 @@ def accumulate_gradients(
             turn=batch.row[kept],
             support=support.rows(rows[kept]),
         )
-        loss = objective(OutputHead.of(student), positions)
+        with torch.autocast(student.device.type, enabled=False):  # K logits are cheap enough for full precision
+            loss = objective(OutputHead.of(student), positions)
         summed = loss.value.sum()
         backward(summed * scale)
         totals.kept += int(kept.sum())

@@ -292,7 +292,7 @@ def test_a_checkpoint_holds_the_student_and_where_the_run_stands(prepare, tmp_pa
     checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=False)
     assert {name.split(".")[0] for name in checkpoint["state_dict"]} == {"student"}
     assert len(checkpoint["state_dict"]) == len(run.module.student.state_dict())
-    assert checkpoint["AlternatingTasks"] == {"step": 3}
+    assert checkpoint["AlternatingTasks"] == {"step": 3, "tasks": ["sums", "echo"]}
     assert checkpoint["student"] == str(student_folder)
 
 

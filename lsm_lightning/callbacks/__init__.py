@@ -1,6 +1,7 @@
 """Lightning callbacks: what people look at while and after a run."""
 
+from lsm_lightning.callbacks.checkpoint import Checkpoint
 from lsm_lightning.callbacks.progress import ProgressLine
 from lsm_lightning.callbacks.summary import RunSummary
 
-__all__ = ["ProgressLine", "RunSummary"]
+__all__ = ["Checkpoint", "ProgressLine", "RunSummary"]

@@ -48,6 +48,18 @@ class ProgressLine(ProgressBar):
 
     _enabled = True
 
+    @property
+    def is_enabled(self) -> bool:
+        """Whether the line is shown; Lightning asks before it prints."""
+        return self._enabled
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Print above the line."""
+        if self._bar is not None and sys.stdout.isatty():
+            self._bar.console.print(*args)
+        else:
+            print(*args, flush=True)
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Show the line, and how far the step's episodes are."""
         if not self._enabled:

@@ -3,6 +3,7 @@
 import importlib.metadata
 import json
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,9 @@ Scores = dict[str, dict[str, float]]
 class RunSummary(Callback):
     """Evaluates the teachers and the student before training and the student after it, and sums the run up.
 
-    It writes `summary.json` and `curves.png` into `trainer.default_root_dir`. What it has measured is part of the
-    checkpoint, so a resumed run ends with the whole picture.
+    It writes `summary.json` and `curves.png` into `trainer.default_root_dir`, where the next run overwrites them, and
+    into the run's own log folder, together with the trained `student` in transformers format. What it has measured is
+    part of the checkpoint, so a resumed run ends with the whole picture.
 
     Args:
         evaluate: Whether to play the test splits; without, only the curves are drawn.
@@ -77,6 +79,8 @@ class RunSummary(Callback):
         assert isinstance(pl_module, OnPolicyDistillation)
         after = self._evaluate_student(trainer, pl_module, "after") if self.evaluate else {}
         self._tick()
+        log_folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
+        pl_module.save_student(log_folder / "student")
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir)
@@ -93,7 +97,10 @@ class RunSummary(Callback):
             "versions": _versions(),
         }
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        self._print(trainer, after, folder, picture)
+        if log_folder != folder:
+            for name in ("summary.json", picture.name):
+                shutil.copy(folder / name, log_folder / name)
+        self._print(trainer, after, log_folder, folder)
 
     def _evaluate_student(self, trainer: Trainer, module: OnPolicyDistillation, when: str) -> Scores:
         scores = {}
@@ -110,15 +117,16 @@ class RunSummary(Callback):
         now = time.monotonic()
         self.seconds, self._since = self.seconds + now - (self._since or now), now
 
-    def _print(self, trainer: Trainer, after: Scores, folder: Path, picture: Path) -> None:
+    def _print(self, trainer: Trainer, after: Scores, log_folder: Path, folder: Path) -> None:
         console = Console(soft_wrap=True)
         if after:
             console.print(_table(self.before, after, self.teacher))
         checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
         console.print(
             f"{trainer.global_step} steps in {self.seconds:.0f} s\n"
+            f"student      {log_folder / 'student'}  (transformers format)\n"
             f"checkpoint   {checkpoint}\nTensorBoard  tensorboard --logdir {folder}\n"
-            f"curves       {picture}\nsummary      {folder / 'summary.json'}\n{NEXT}"
+            f"curves       {folder / 'curves.png'}\nsummary      {folder / 'summary.json'}\n{NEXT}"
         )
 
 

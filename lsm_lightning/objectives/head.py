@@ -4,11 +4,14 @@ Local support matching needs K logits a position, so only K rows of the output m
 normaliser (a tail, the sampled token's log-prob) gets it in chunks that are recomputed in the backward pass.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor, Partial
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
@@ -32,13 +35,41 @@ def gather_logits(
     >>> gather_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1, 0]]))
     tensor([[2., 1.]])
     """
-    rows = max(1, GATHER_ELEMENTS // max(1, ids.shape[1] * weight.shape[1]))
-    parts = [
-        torch.bmm(nn.functional.embedding(some_ids, weight), some_hidden.unsqueeze(-1)).squeeze(-1)
-        for some_ids, some_hidden in zip(ids.split(rows), hidden.split(rows), strict=True)
-    ]
-    logits = torch.cat(parts) if parts else hidden.new_zeros(ids.shape)
+    logits: Float[Tensor, "n k"] = _GatherLogits.apply(hidden, weight, ids)
     return logits if bias is None else logits + bias[ids]
+
+
+class _GatherLogits(torch.autograd.Function):
+    """Gathers rows of the weight chunk by chunk, in the backward pass once more instead of keeping them."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
+        """`[N, K]` logits."""
+        ctx.save_for_backward(hidden, weight, ids)
+        logits = hidden.new_empty(ids.shape)
+        for part in _chunks(ids, weight):
+            torch.bmm(weight[ids[part]], hidden[part].unsqueeze(-1), out=logits[part].unsqueeze(-1))
+        return logits
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        """Gradients of hidden states and weight; all chunks add into one weight gradient."""
+        hidden, weight, ids = ctx.saved_tensors
+        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        for part in _chunks(ids, weight):
+            gradient = gradients[0][part]
+            hidden_gradient[part] = torch.bmm(gradient.unsqueeze(1), weight[ids[part]]).squeeze(1)
+            outer = gradient.unsqueeze(-1) * hidden[part].unsqueeze(1)
+            weight_gradient.index_add_(0, ids[part].reshape(-1), outer.reshape(-1, outer.shape[-1]))
+        return hidden_gradient, weight_gradient, None
+
+
+def _chunks(ids: Int[Tensor, "n k"], weight: Float[Tensor, "v d"]) -> Iterator[slice]:
+    """Positions to be handled together."""
+    rows = max(1, GATHER_ELEMENTS // max(1, ids.shape[1] * weight.shape[1]))
+    for first in range(0, len(ids), rows):
+        yield slice(first, first + rows)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.pretrained import DType
 from lsm_lightning.rollout.base import Engine, Request, Sampling
 from lsm_lightning.types import Completion
@@ -37,9 +37,9 @@ class LocalEngine(Engine):
         self._replica: PreTrainedModel | None = None
 
     @classmethod
-    def around(cls, model: PreTrainedModel) -> "LocalEngine":
+    def around(cls, model: PreTrainedModel, batch_size: int = 256) -> "LocalEngine":
         """An engine that writes with `model` itself, not with a copy: for frozen models such as a teacher."""
-        engine = cls()
+        engine = cls(batch_size)
         engine._replica = model
         return engine
 
@@ -66,8 +66,9 @@ class LocalEngine(Engine):
         completions: dict[int, Completion] = {}
         for first in range(0, len(order), self.batch_size):
             part = order[first : first + self.batch_size]
-            rows = _Rows.start(self._replica, [requests[i] for i in part], max_new_tokens, turn_end)
-            completions.update(zip(part, rows.decode(sampling), strict=True))
+            with torch.autocast(self._replica.device.type, enabled=False):  # the replica's dtype decides
+                rows = _Rows.start(self._replica, [requests[i] for i in part], max_new_tokens, turn_end)
+                completions.update(zip(part, rows.decode(sampling), strict=True))
         return [completions[i] for i in range(len(requests))]
 
 
@@ -137,6 +138,11 @@ class _Rows:
                 tokens = tokens[going]
                 self._keep(going)
             self._advance(tokens)
+        if not self.log_probs.isfinite().all():
+            raise TrainingDivergedError(
+                "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
+                "from an earlier checkpoint. Or its weights are broken."
+            )
         for tokens, log_probs, length, ended in zip(
             self.tokens.tolist(), self.log_probs.tolist(), self.lengths.tolist(), self.ended.tolist(), strict=True
         ):
@@ -195,7 +201,7 @@ def _draw(
     rank = torch.searchsorted(inside, uniform[:, None] * inside[:, -1:], right=True)
     # Rounding may put the draw at the very end; the last token with any mass is the first to reach the total.
     last = torch.searchsorted(inside, inside[:, -1:].contiguous())
-    return ids.gather(-1, torch.minimum(rank, last))[:, 0]
+    return ids.gather(-1, torch.minimum(rank, last).clamp(max=ids.shape[-1] - 1))[:, 0]
 
 
 def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
@@ -213,7 +219,12 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 def _unsharded_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
     with torch.device(model.device):
-        replica = type(model)(copy.deepcopy(model.config))
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # so that a large replica is never there in float32
+        try:
+            replica = type(model)(copy.deepcopy(model.config))
+        finally:
+            torch.set_default_dtype(before)
     for parameter in replica.parameters():
         parameter.data = parameter.data.to(dtype)
     # Buffers, such as rotary frequencies, keep the model's own precision.

@@ -1,8 +1,7 @@
 r"""Is the answer in the last \boxed{} of a response the gold answer?
 
-Cheap rules on the text decide nearly always; what is left goes to math-verify in a process with a time limit. The order
-of the rules is that of MATH.md ("Recommended grader", 1 to 8). Model text is untrusted: it is never evaluated in this
-process, and what could keep any process busy is turned down by its looks.
+Cheap rules on the text decide nearly always; what is left goes to math-verify in a process with a time limit. Model
+text is untrusted: it is never evaluated in this process, and what could keep any process busy is refused by its looks.
 """
 
 import re

@@ -1,6 +1,6 @@
 r"""Answers that are numbers, or lists of them: read and compared exactly, without evaluating anything.
 
-The functions take text that went through `grading_text.clean`. Source: MATH.md, rules 4, 5 and 8.
+The functions take text that went through `grading_text.clean`.
 """
 
 import re

@@ -70,7 +70,7 @@ def clean(text: str) -> str:
 
     Compatibility characters are folded (NFKC), but a superscript, subscript or fraction in one character keeps its
     meaning. Thin spaces, delimiters, currency signs, degrees and a final stop go; `4.5e33` becomes a product with a
-    power of ten. Source: MATH.md, rule 3.
+    power of ten.
 
     >>> clean("$−\\dfrac{1}{2}\\,$."), clean("x² + 90°"), clean("4.5e33")
     ('-\\frac{1}{2}', 'x^{2} + 90', '4.5\\times 10^{33}')

@@ -180,8 +180,8 @@ class MathProblems(Task):
     seed; the test file keeps its order. An episode's kind is the name of its file without the ending.
 
     Args:
-        train_file: Path of the training problems; None for a task that is only tested on.
-        test_file: Path of the test problems; None for a task that is only trained on.
+        train_file: Path of the training problems; `fit` needs it.
+        test_file: Path of the test problems; `fit` and `validate` need it.
         question_field: Field of the question.
         answer_field: Field of the gold answer: LaTeX or plain, without a box.
         seed: Of the order of the training problems.

@@ -30,15 +30,26 @@ class LocalTeacher(Teacher):
         dtype: Of its weights; `auto` takes what the model was saved in.
         chat_template: A jinja2 template that replaces the tokenizer's own.
         batch_tokens: Prompt and response tokens scored side by side; lower it where memory is short.
+        batch_size: Answers written side by side when the teacher itself is evaluated.
     """
 
     def __init__(
-        self, path: str, dtype: DType = "auto", chat_template: str | None = None, batch_tokens: int = 16384
+        self,
+        path: str,
+        dtype: DType = "auto",
+        chat_template: str | None = None,
+        batch_tokens: int = 16384,
+        batch_size: int = 256,
     ) -> None:
+        if batch_tokens < 1 or batch_size < 1:
+            raise ConfigurationError(
+                f"LocalTeacher(batch_tokens={batch_tokens}, batch_size={batch_size}): both must be at least 1."
+            )
         self.path = path
         self.dtype: DType = dtype
         self.chat_template = chat_template
         self.batch_tokens = batch_tokens
+        self.batch_size = batch_size
 
     def check(self) -> None:
         """See `Teacher.check`."""
@@ -73,13 +84,14 @@ class LocalTeacher(Teacher):
         order: list[int] = []
         for group in group_by_length(lengths, self.batch_tokens):
             batch = TokenBatch.pad([prompts[i] for i in group], [responses[i] for i in group], self.model.device)
-            parts.extend(self._top_k(hidden_states(self.model, batch), batch.targets, k))
+            with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
+                parts.extend(self._top_k(hidden_states(self.model, batch), batch.targets, k))
             order.extend(place for i in group for place in places[i])
         return _reordered(parts, torch.tensor(order, device=self.model.device).argsort())
 
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
-        engine = LocalEngine.around(self.model)
+        engine = LocalEngine.around(self.model, self.batch_size)
         return Player(
             engine=engine, tokenizer=self.tokenizer, turn_end=frozenset(self.turn_end.tolist()), sampling=sampling
         )
@@ -120,7 +132,7 @@ class LocalTeacher(Teacher):
             ConfigurationError: The student's ids mean other tokens here, so they cannot be read as they stand.
         """
         to_teacher = torch.from_numpy(self.pair.vocab.to_teacher).long()
-        same = to_teacher == torch.arange(len(to_teacher))
+        same = to_teacher == torch.arange(len(to_teacher), device=to_teacher.device)
         moved = int((~same & (to_teacher >= 0)).sum())
         if moved:
             raise ConfigurationError(
@@ -128,7 +140,7 @@ class LocalTeacher(Teacher):
                 f"{len(to_teacher)} tokens have another id there. LocalTeacher reads the student's ids as they stand: "
                 "choose a teacher of the same tokenizer family (`tokenalign.Pair(...).report()` tells more)."
             )
-        shared = torch.zeros(self.head.weight.shape[0], dtype=torch.bool)
+        shared = torch.zeros(self.head.weight.shape[0], dtype=torch.bool, device=same.device)
         shared[: len(same)] = same[: len(shared)]
         shared[student_vocabulary:] = False
         return shared

@@ -338,7 +338,7 @@ def test_a_megabyte_of_boxes_takes_no_time():
     assert time.monotonic() - before < 1.0
 
 
-# The collected cases (MATH.md, section B)
+# The collected cases
 
 
 def agreement(cases):
