@@ -89,6 +89,6 @@ class StepBatch:
     step: int
     """Position in the schedule, from 0; seeds derive from it."""
     indices: Sequence[int]
-    """Problem numbers of the task, distinct within the step."""
+    """Problem numbers of the task; a small data set may repeat a problem within a step."""
     samples_per_prompt: int
     """How many episodes play each problem."""
