@@ -25,31 +25,6 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return built
 
 
-@pytest.fixture
-def settings(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> dict[str, Any]:
-    """A run that would train for one step, to be spoilt."""
-    teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
-    return {
-        "model": {
-            "student": str(student_folder),
-            "teachers": {"sums": teacher},
-            "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
-            "mask": "tags",
-        },
-        "data": {
-            "tasks": {
-                "sums": {
-                    "class_path": "lsm_lightning.tasks.math.AdditionProblems",
-                    "init_args": {"max_new_tokens": 4, "test_size": 2},
-                }
-            },
-            "prompts_per_step": 2,
-            "samples_per_prompt": 1,
-        },
-        "trainer": {"max_steps": 1, "accelerator": "cpu", "default_root_dir": str(tmp_path), "logger": False},
-    }
-
-
 def write(settings: dict[str, Any], folder: Path) -> list[str]:
     """The arguments of a run with these settings."""
     path = folder / "run.yaml"

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,37 +20,16 @@ from lsm_lightning.teacher import LocalTeacher
 
 
 @pytest.fixture
-def settings(student_folder: Path, teacher_folder: Path, tmp_path: Path) -> list[str]:
-    """The arguments of a small run that logs, evaluates and ends with a table."""
-    teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
+def arguments(settings: dict[str, Any], tmp_path: Path) -> list[str]:
+    """Of a small run that logs, evaluates and ends with a table."""
+    settings["trainer"] |= {"max_steps": 2, "devices": 1, "logger": True}
     path = tmp_path / "run.yaml"
-    path.write_text(
-        yaml.safe_dump(
-            {
-                "model": {
-                    "student": str(student_folder),
-                    "teachers": {"sums": teacher},
-                    "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
-                },
-                "data": {
-                    "tasks": {
-                        "sums": {
-                            "class_path": "lsm_lightning.tasks.math.AdditionProblems",
-                            "init_args": {"max_new_tokens": 4, "test_size": 2},
-                        }
-                    },
-                    "prompts_per_step": 2,
-                    "samples_per_prompt": 1,
-                },
-                "trainer": {"max_steps": 2, "accelerator": "cpu", "devices": 1, "default_root_dir": str(tmp_path)},
-            }
-        )
-    )
+    path.write_text(yaml.safe_dump(settings))
     return ["fit", "--config", str(path)]
 
 
-def test_the_trained_student_is_left_in_transformers_format(run, settings, tmp_path, capsys):
-    assert run(*settings) == 0
+def test_the_trained_student_is_left_in_transformers_format(run, arguments, tmp_path, capsys):
+    assert run(*arguments) == 0
     folder = tmp_path / "version_0"
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=False)["state_dict"]
     exported = AutoModelForCausalLM.from_pretrained(folder / "student").state_dict()
@@ -60,7 +40,7 @@ def test_the_trained_student_is_left_in_transformers_format(run, settings, tmp_p
     assert str(folder / "student") in capsys.readouterr().out
 
 
-def test_a_run_that_learns_nothing_ends(run, settings, monkeypatch, capsys):
+def test_a_run_that_learns_nothing_ends(run, arguments, monkeypatch, capsys):
     """With the progress line, which a skipped step prints past."""
     right = module_module.loss_mask
 
@@ -70,38 +50,38 @@ def test_a_run_that_learns_nothing_ends(run, settings, monkeypatch, capsys):
         return mask
 
     monkeypatch.setattr(module_module, "loss_mask", nothing)
-    assert run(*settings, "--summary.evaluate", "false") == 2
+    assert run(*arguments, "--summary.evaluate", "false") == 2
     told = capsys.readouterr()
     assert told.out.count("Skipped a step") == SKIPPED_STEPS_ALLOWED
     assert told.err.startswith("error: The mask 'tags' left no position")
 
 
-def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(run, settings, tmp_path, capsys):
-    assert run(*settings) == 0
+def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(run, arguments, tmp_path, capsys):
+    assert run(*arguments) == 0
     before = (tmp_path / "version_0" / "checkpoints" / "last.ckpt").read_bytes()
     capsys.readouterr()
     wild = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "1e38", "--trainer.max_steps", "9"]
-    assert run(*settings, *wild, "--model.gradient_clip", "1e9", "--checkpoint.dirpath", str(tmp_path / "wild")) == 1
+    assert run(*arguments, *wild, "--model.gradient_clip", "1e9", "--checkpoint.dirpath", str(tmp_path / "wild")) == 1
     assert capsys.readouterr().err.startswith("stopped: ")
     assert not (tmp_path / "wild" / "last.ckpt").exists()
     assert (tmp_path / "version_0" / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
-def test_going_on_with_another_student_or_other_tasks_is_refused(run, settings, tmp_path, teacher_folder, capsys):
-    assert run(*settings, "--summary.evaluate", "false") == 0
+def test_going_on_with_another_student_or_other_tasks_is_refused(run, arguments, tmp_path, teacher_folder, capsys):
+    assert run(*arguments, "--summary.evaluate", "false") == 0
     checkpoint = str(tmp_path / "version_0" / "checkpoints" / "last.ckpt")
-    assert run(*settings, "--model.student", str(teacher_folder), "--ckpt_path", checkpoint) == 2
+    assert run(*arguments, "--model.student", str(teacher_folder), "--ckpt_path", checkpoint) == 2
     assert "The checkpoint is of the student" in capsys.readouterr().err
-    tasks = yaml.safe_load(Path(settings[2]).read_text())
+    tasks = yaml.safe_load(Path(arguments[2]).read_text())
     tasks["data"]["tasks"]["more"] = tasks["data"]["tasks"].pop("sums")
     tasks["model"]["teachers"]["more"] = tasks["model"]["teachers"].pop("sums")
-    Path(settings[2]).write_text(yaml.safe_dump(tasks))
-    assert run(*settings, "--ckpt_path", checkpoint) == 2
+    Path(arguments[2]).write_text(yaml.safe_dump(tasks))
+    assert run(*arguments, "--ckpt_path", checkpoint) == 2
     assert "a run on sums, not on more" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("wrong", "told"),
     [
         (["--ckpt_path", "no/such.ckpt"], "there is no checkpoint 'no/such.ckpt'"),
         (["--ckpt_path", __file__], "is not a checkpoint"),
@@ -117,15 +97,15 @@ def test_going_on_with_another_student_or_other_tasks_is_refused(run, settings, 
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_values_that_cannot_work_are_told_in_one_line(run, settings, capsys, arguments, told):
-    assert run(*settings, *arguments) == 2
+def test_values_that_cannot_work_are_told_in_one_line(run, arguments, capsys, wrong, told):
+    assert run(*arguments, *wrong) == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert told in line
 
 
-def test_checkpoints_can_be_switched_off(run, settings, tmp_path):
-    assert run(*settings, "--trainer.enable_checkpointing", "false", "--summary.evaluate", "false") == 0
+def test_checkpoints_can_be_switched_off(run, arguments, tmp_path):
+    assert run(*arguments, "--trainer.enable_checkpointing", "false", "--summary.evaluate", "false") == 0
     assert list(tmp_path.rglob("*.ckpt")) == []
 
 
