@@ -1,5 +1,7 @@
 """Models and tokenizers by name: the embedded ones, a folder, or a hub id."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,12 +54,8 @@ def load_tokenizer(name: str, chat_template: str | None = None) -> PreTrainedTok
     Raises:
         ConfigurationError: The tokenizer cannot be loaded, is not a fast one, or has no chat template.
     """
-    try:
+    with _loading("tokenizer", name):
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(locate(name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(_not_loaded("tokenizer", name, error)) from error
     if not tokenizer.is_fast:
         raise ConfigurationError(f"The tokenizer of '{name}' is not a fast one (no tokenizer.json): convert it first.")
     if chat_template is not None:
@@ -88,12 +86,8 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
         ConfigurationError: The model cannot be loaded.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
-    try:
+    with _loading("model", name):
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(name), **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(_not_loaded("model", name, error)) from error
     return model.eval()
 
 
@@ -103,12 +97,8 @@ def check_model(name: str) -> None:
     Raises:
         ConfigurationError: The name leads to no readable model configuration.
     """
-    try:
+    with _loading("model", name):
         AutoConfig.from_pretrained(locate(name))
-    except (OSError, ValueError) as error:
-        if isinstance(error, ConfigurationError):
-            raise
-        raise ConfigurationError(_not_loaded("model", name, error)) from error
 
 
 def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -128,9 +118,17 @@ def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str
     return ids
 
 
-def _not_loaded(what: str, name: str, error: BaseException) -> str:
-    place = "" if Path(locate(name)).is_dir() else f" There is no folder '{name}' here, so it was taken for a hub id."
-    return f"The {what} of '{name}' cannot be loaded: {_first_line(error)}{place}"
+@contextmanager
+def _loading(what: str, name: str) -> Iterator[None]:
+    """Tell in one line what could not be loaded, and why."""
+    try:
+        yield
+    except ConfigurationError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
+        here = Path(locate(name)).is_dir()
+        place = "" if here else f" There is no folder '{name}' here, so it was taken for a hub id."
+        raise ConfigurationError(f"The {what} of '{name}' cannot be loaded: {_first_line(error)}{place}") from error
 
 
 def _first_line(error: BaseException) -> str:

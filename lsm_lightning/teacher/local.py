@@ -87,7 +87,7 @@ class LocalTeacher(Teacher):
             with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
                 parts.extend(self._top_k(hidden_states(self.model, batch), batch.targets, k))
             order.extend(place for i in group for place in places[i])
-        return _reordered(parts, torch.tensor(order, device=self.model.device).argsort())
+        return _joined(parts).rows(torch.tensor(order, device=self.model.device).argsort())
 
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
@@ -146,10 +146,10 @@ class LocalTeacher(Teacher):
         return shared
 
 
-def _reordered(parts: list[Support], order: Int[Tensor, " n"]) -> Support:
+def _joined(parts: list[Support]) -> Support:
     return Support(
-        ids=torch.cat([part.ids for part in parts])[order],
-        log_probs=torch.cat([part.log_probs for part in parts])[order],
-        sampled=torch.cat([part.sampled for part in parts])[order],
-        turn_end=torch.cat([part.turn_end for part in parts])[order],
+        ids=torch.cat([part.ids for part in parts]),
+        log_probs=torch.cat([part.log_probs for part in parts]),
+        sampled=torch.cat([part.sampled for part in parts]),
+        turn_end=torch.cat([part.turn_end for part in parts]),
     )
