@@ -11,12 +11,16 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
-    """B sequences (prompt, then response) and where their N response tokens are predicted."""
+    """Sequences (prompt, then response) and where their N response tokens are predicted."""
 
     ids: Int[Tensor, "b t"]
-    """Padded on the right with token 0."""
-    row: Int[Tensor, " n"]
+    """One sequence a row, padded on the right with token 0; or all of them in one row, one after the other."""
+    position_ids: Int[Tensor, "b t"] | None
+    """Of packed sequences: from 0 in each, by which the model keeps them apart."""
+    sequence: Int[Tensor, " n"]
     """The sequence of each response token, not decreasing."""
+    row: Int[Tensor, " n"]
+    """Its row in `ids`."""
     column: Int[Tensor, " n"]
     """The position before each response token: its hidden state predicts the token."""
     targets: Int[Tensor, " n"]
@@ -29,44 +33,78 @@ class TokenBatch:
         """Pad sequences to a common length; each prompt has at least one token."""
         rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
         width = max(len(row) for row in rows)
-        places = [
-            (row, len(prompt) + j - 1)
-            for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-            for j in range(len(response))
-        ]
-        place = torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2)
+        sequence, column = _places(prompts, responses, device)
         return cls(
             ids=torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device),
-            row=place[:, 0],
-            column=place[:, 1],
+            position_ids=None,
+            sequence=sequence,
+            row=sequence,
+            column=column,
             targets=torch.tensor([i for response in responses for i in response], dtype=torch.long, device=device),
         )
+
+    @classmethod
+    def pack(
+        cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
+    ) -> "TokenBatch":
+        """Lay sequences one after the other, without padding; each prompt has at least one token."""
+        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        starts = torch.tensor([places.start for places in spans([len(row) for row in rows])], device=device)
+        sequence, column = _places(prompts, responses, device)
+        return cls(
+            ids=torch.tensor([[i for row in rows for i in row]], device=device),
+            position_ids=torch.tensor([[place for row in rows for place in range(len(row))]], device=device),
+            sequence=sequence,
+            row=torch.zeros_like(sequence),
+            column=column + starts[sequence],
+            targets=torch.tensor([i for response in responses for i in response], dtype=torch.long, device=device),
+        )
+
+
+def _places(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
+) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
+    """Of each response token the number of its sequence, and the position before it there."""
+    places = [
+        (number, len(prompt) + j - 1)
+        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
+        for j in range(len(response))
+    ]
+    place = torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2)
+    return place[:, 0], place[:, 1]
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "n d"]:
     """The model's last hidden states at the positions that predict the response.
 
     No attention mask is passed: padding stands on the right, where causal attention never looks from a real token,
-    and without a mask the fused causal kernels are used.
+    and without a mask the fused causal kernels are used. Packed sequences are told apart by their positions.
     """
-    output = model.base_model(input_ids=batch.ids, use_cache=False)
+    output = model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state[batch.row, batch.column]
 
 
-def group_by_length(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Split indices into groups of like length whose padded size stays within `max_tokens` where it can.
+def group_by_length(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Split indices into groups of like length whose size stays within `max_tokens` where it can.
 
-    A single sequence longer than that makes a group of its own.
+    The size of a group is that of its padded batch, or without padding where `packed`. A single sequence longer than
+    that makes a group of its own.
 
     >>> group_by_length([5, 90, 6, 10], max_tokens=20)
     [[0, 2], [3], [1]]
+    >>> group_by_length([5, 90, 6, 10], max_tokens=21, packed=True)
+    [[0, 2, 3], [1]]
     """
     groups: list[list[int]] = []
+    size = 0
     for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if groups and (len(groups[-1]) + 1) * lengths[index] <= max_tokens:
+        grown = size + lengths[index] if packed else (len(groups[-1]) + 1 if groups else 1) * lengths[index]
+        if groups and grown <= max_tokens:
             groups[-1].append(index)
+            size += lengths[index]
         else:
             groups.append([index])
+            size = lengths[index]
     return groups
 
 

@@ -12,8 +12,13 @@ from torch import Tensor
 from lsm_lightning.types import Turn
 from tokenalign import Flag, Pair, TokenFlags
 
-MaskPolicy = Literal["none", "paper", "tags", "canonical", "strict"]
-"""What to leave out; `none` keeps everything, the others are tokenalign's (see `tokenalign.TokenFlags.keep`)."""
+MaskPolicy = Literal["repair", "none", "paper", "tags", "canonical", "strict"]
+"""What to do where the teacher would spell the student's text otherwise.
+
+`repair`: the teacher reads its own spelling, and every position counts at which a token starts on both sides. With the
+others it reads the student's tokens as they stand: `none` leaves nothing out, the rest are tokenalign's policies
+(`tokenalign.TokenFlags.keep`).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +34,8 @@ def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask
     """The mask of the turns' response positions, one turn after the other.
 
     A position is left out where comparing student and teacher is about spelling conventions and not about the text,
-    and, whatever the policy, where the teacher's vocabulary has no such token.
+    and, where the teacher reads the student's tokens, if its vocabulary has no such token. What `repair` leaves out
+    follows from the teacher's reading (`Support.comparable`), not from here.
     """
     width = max((len(turn.completion.ids) for turn in turns), default=0)
     ids = np.zeros((len(turns), width), dtype=np.int64)
@@ -38,7 +44,9 @@ def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask
         ids[row, : len(turn.completion.ids)] = turn.completion.ids
         response[row, : len(turn.completion.ids)] = True
     flags = pair.flags(ids, response)
-    keep = (response if policy == "none" else flags.keep(policy)) & ~flags.has(Flag.UNMAPPED)
+    keep = response if policy == "repair" or policy == "none" else flags.keep(policy)
+    if policy != "repair":
+        keep = keep & ~flags.has(Flag.UNMAPPED)
     counts = TokenFlags(ids=flags.ids[response], bits=flags.bits[response]).count()
     reasons = {name: count for name, count in counts.items() if name not in ("PAD", "PROMPT")}
     return LossMask(keep=torch.from_numpy(keep[response]), reasons=reasons)

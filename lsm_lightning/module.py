@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler
@@ -24,11 +26,12 @@ from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, turn_end_ids
+from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
-from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches
+from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
 
 SKIPPED_STEPS_ALLOWED = 10
 """In a row, before a run that learns nothing is ended."""
@@ -44,11 +47,15 @@ class OnPolicyDistillation(LightningModule):
         engine: Writes the rollouts; null is a `LocalEngine`.
         sampling: How rollouts draw tokens.
         eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
-        mask: Which positions the loss leaves out because the two tokenizers merely spell differently.
+        mask: What to do where the two tokenizers merely spell differently: `repair` lets the teacher read its own
+            spelling, the others leave positions out (the paper's way, for comparison).
+        reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once a training step.
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
             and speed, not the result.
+        packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
+            where lengths differ much and attention skips what is masked (flash attention), not on a CPU.
         gradient_clip: Largest norm of the gradient.
         dtype: Of the student's weights.
         chat_template: A jinja2 template that replaces the student tokenizer's own.
@@ -63,10 +70,12 @@ class OnPolicyDistillation(LightningModule):
         engine: Engine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling = Sampling(),
-        mask: MaskPolicy = "tags",
+        mask: MaskPolicy = "repair",
+        reduction: Reduction = "token_mean",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
         micro_batch_tokens: int = 16384,
+        packing: bool = False,
         gradient_clip: float = 1.0,
         dtype: DType = "float32",
         chat_template: str | None = None,
@@ -86,9 +95,11 @@ class OnPolicyDistillation(LightningModule):
         self.sampling = sampling
         self.eval_sampling = eval_sampling
         self.mask: MaskPolicy = mask
+        self.reduction: Reduction = reduction
         self.optimizer_of = optimizer
         self.lr_scheduler_of = lr_scheduler
         self.micro_batch_tokens = micro_batch_tokens
+        self.packing = packing
         self.gradient_clip = gradient_clip
         self.dtype_name: DType = dtype
         self.chat_template = chat_template
@@ -131,11 +142,17 @@ class OnPolicyDistillation(LightningModule):
             self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
             self.student = load_model(self.student_name, self.dtype_name)
             self.turn_end = turn_end_ids(self.student, self.tokenizer)
-            check_head(self.student)
+            check_head(self.student, self.student_name)
             self.student.train()
             vocabulary = OutputHead.of(self.student).weight.shape[0]
             for teacher in self.teachers.values():
-                teacher.setup(self.tokenizer, vocabulary, self.trainer.strategy.root_device)
+                teacher.setup(
+                    self.tokenizer,
+                    vocabulary=vocabulary,
+                    respell=self.mask == "repair",
+                    tokens=self.objective.teacher_tokens,
+                    device=self.trainer.strategy.root_device,
+                )
         if self.device_mesh is not None:
             self._shard()
 
@@ -175,13 +192,37 @@ class OnPolicyDistillation(LightningModule):
             trajectories = self.rollout(batch)
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         teacher = self.teachers[batch.task]
+        groups = self._micro_batches(turns)
+        with _timed(seconds, "support"):
+            added = self._added_tokens(turns, groups)
         with _timed(seconds, "teacher"):
-            support = teacher.score(turns, self.objective.support_size)
+            support = teacher.score(turns, added)
         with _timed(seconds, "mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
+            keep = self._kept(mask, support)
         with _timed(seconds, "update"):
-            totals, gradient_norm = self.update(turns, support, mask, done=lambda: self._data.advance(batch))
-        return self._log_step(batch.task, trajectories, mask, totals, gradient_norm, seconds)
+            totals, gradient_norm = self.update(
+                batch.task, turns, support, keep, groups, done=lambda: self._data.advance(batch)
+            )
+        return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, seconds)
+
+    def _micro_batches(self, turns: list[Turn]) -> list[list[int]]:
+        """Sharded weights are gathered by all processes together, so all run equally many."""
+        groups = micro_batches(turns, self.micro_batch_tokens, packed=self.packing)
+        return groups + [[]] * (self._over_processes(len(groups), "max") - len(groups))
+
+    def _added_tokens(self, turns: list[Turn], groups: list[list[int]]) -> Int[Tensor, "n c"]:
+        """Student ids that the objective compares besides the teacher's top tokens."""
+        ids = [i for turn in turns for i in turn.completion.ids]
+        sampled = torch.tensor(ids, dtype=torch.long, device=self.device).unsqueeze(-1)
+        added = [sampled] if self.objective.adds_sampled else [sampled[:, :0]]
+        if k := self.objective.student_tokens:
+            added.append(student_top_tokens(self.student, turns, k, groups=groups, packed=self.packing))
+        return torch.cat(added, -1)
+
+    def _kept(self, mask: LossMask, support: Support) -> Bool[Tensor, " n"]:
+        keep = mask.keep.to(self.device) & support.comparable
+        return keep & support.alike if self.objective.compares_sampled else keep
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
@@ -200,14 +241,22 @@ class OnPolicyDistillation(LightningModule):
         )
 
     def update(
-        self, turns: list[Turn], support: Support, mask: LossMask, done: Callable[[], None]
+        self,
+        task: str,
+        turns: list[Turn],
+        support: Support,
+        keep: Bool[Tensor, " n"],
+        groups: list[list[int]],
+        done: Callable[[], None],
     ) -> tuple[StepTotals, float]:
         """One optimiser step; none, with a message, where no process has a position to learn from.
 
         Args:
+            task: Whose turns they are.
             turns: What was sampled.
             support: The teacher's answer at its positions.
-            mask: Which of them count.
+            keep: Which of them count.
+            groups: Micro-batches, equally many on all processes.
             done: Called right after the optimiser's step, so that an interrupt cannot fall between the two.
 
         Returns:
@@ -215,19 +264,17 @@ class OnPolicyDistillation(LightningModule):
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        groups = micro_batches(turns, self.micro_batch_tokens)
-        # Sharded weights are gathered by all processes together, so all run equally many micro-batches.
-        groups += [[]] * (self._over_processes(len(groups), "max") - len(groups))
-        kept = self._over_processes(int(mask.keep.sum()), "sum")
+        kept = self._over_processes(int(keep.sum()), "sum")
         totals = accumulate_gradients(
             self.student,
             self.objective,
             turns,
             support,
-            mask.keep.to(self.device),
+            self._weights(task, turns, keep),
             groups=groups,
-            scale=self.trainer.world_size / max(kept, 1),  # gradients are averaged over processes
             backward=self.manual_backward,
+            scale=self.trainer.world_size,  # gradients are averaged over processes
+            packed=self.packing,
         )
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.gradient_clip)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
@@ -252,6 +299,19 @@ class OnPolicyDistillation(LightningModule):
         done()
         optimizer.zero_grad()
         return totals, float(norm)
+
+    def _weights(self, task: str, turns: list[Turn], keep: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+        tasks = sorted(self._data.tasks)
+        lengths = torch.tensor([len(turn.completion.ids) for turn in turns], device=self.device)
+        turn = torch.arange(len(turns), device=self.device).repeat_interleave(lengths)
+        return position_weights(
+            self.reduction,
+            keep,
+            turn=turn,
+            task=torch.full_like(turn, tasks.index(task)),
+            tasks=len(tasks),
+            total=lambda values: self.trainer.strategy.reduce(values, reduce_op="sum"),
+        )
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -294,6 +354,7 @@ class OnPolicyDistillation(LightningModule):
         task: str,
         trajectories: list[Trajectory],
         mask: LossMask,
+        support: Support,
         totals: StepTotals,
         gradient_norm: float,
         seconds: dict[str, float],
@@ -307,9 +368,11 @@ class OnPolicyDistillation(LightningModule):
             "train/invalid_actions": (sum(t.invalid_actions for t in trajectories), len(turns)),
             "train/truncated": (sum(turn.completion.truncated for turn in turns), len(turns)),
             "train/response_tokens": (tokens, len(turns)),
-            "train/loss": (totals.loss, totals.kept),
-            **{f"train/{name}": (value, totals.kept) for name, value in totals.metrics.items()},
+            "train/loss": (totals.loss, 1 / self.trainer.world_size),
+            **{f"train/{name}": total for name, total in totals.metrics.items()},
+            "train/lost_mass": (float(support.lost[support.comparable].sum()), int(support.comparable.sum())),
             "mask/kept": (totals.kept, tokens),
+            "mask/lost": (int((~support.comparable).sum()), tokens),
             **{f"mask/{reason.lower()}": (count, tokens) for reason, count in mask.reasons.items()},
             **{f"seconds/{name}": (value, 1) for name, value in seconds.items()},
         }

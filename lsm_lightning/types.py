@@ -4,9 +4,9 @@
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 Message = dict[str, str]
@@ -63,22 +63,23 @@ class Support:
     """What a teacher says at each of N response positions."""
 
     ids: Int[Tensor, "n k"]
-    """Token ids, most probable first; every one of them is also in the student's vocabulary."""
+    """Ids of the student's vocabulary; 0 where there is no member."""
     log_probs: Float[Tensor, "n k"]
-    """Nats, over the teacher's whole vocabulary: `exp` of a row sums to 1 minus the tail."""
+    """Nats, over the teacher's whole vocabulary: `exp` of a row sums to 1 minus the tail. -inf: no member."""
     sampled: Float[Tensor, " n"]
-    """Nats: the teacher's log-prob of the token that the student sampled."""
+    """Nats: the teacher's log-prob of the token that the student sampled, where `alike`."""
     turn_end: Float[Tensor, " n"]
     """Nats: the teacher's log-prob of ending the turn, all its end-of-turn tokens together."""
+    lost: Float[Tensor, " n"]
+    """Probability of those of the teacher's top tokens that the student's vocabulary does not have."""
+    comparable: Bool[Tensor, " n"]
+    """Whether a token starts here on both sides, so that the two next-token distributions follow the same text."""
+    alike: Bool[Tensor, " n"]
+    """Whether the teacher reads the very token that the student sampled here."""
 
     def rows(self, index: Int[Tensor, " m"]) -> "Support":
         """The support of some positions only."""
-        return Support(
-            ids=self.ids[index],
-            log_probs=self.log_probs[index],
-            sampled=self.sampled[index],
-            turn_end=self.turn_end[index],
-        )
+        return Support(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,31 +1,37 @@
-"""The gradient of one step: micro-batches of turns whose losses are summed and divided by one global count."""
+"""The gradient of one step: micro-batches of turns whose losses are weighed and summed."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
 from lsm_lightning.objectives import Objective, Positions
-from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.objectives.head import NORMALISER_ELEMENTS, OutputHead
 from lsm_lightning.types import Support, Turn
+
+WATCHED_POSITIONS = 256
+"""A step and process looks at about so many positions (fewer than twice) where a measurement needs all logits."""
 
 
 @dataclass(kw_only=True)
 class StepTotals:
-    """Sums over this process's kept positions; divided by `kept` they are means."""
+    """Sums over this process's kept positions."""
 
     kept: int = 0
     loss: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    """Already weighed: over all processes this is the step's loss."""
+    metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
+    """Sum and number of values."""
 
 
-def micro_batches(turns: Sequence[Turn], max_tokens: int) -> list[list[int]]:
-    """Numbers of the turns that go through the student together, padded size at most `max_tokens` where possible."""
-    return group_by_length([len(turn.prompt.ids) + len(turn.completion.ids) for turn in turns], max_tokens)
+def micro_batches(turns: Sequence[Turn], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Numbers of the turns that go through the student together, at most `max_tokens` of them where possible."""
+    lengths = [len(turn.prompt.ids) + len(turn.completion.ids) for turn in turns]
+    return group_by_length(lengths, max_tokens, packed=packed)
 
 
 def accumulate_gradients(
@@ -33,47 +39,88 @@ def accumulate_gradients(
     objective: Objective,
     turns: Sequence[Turn],
     support: Support,
-    keep: Bool[Tensor, " n"],
+    weights: Float[Tensor, " n"],
     *,
     groups: Sequence[Sequence[int]],
-    scale: float,
     backward: Callable[[Float[Tensor, ""]], None],
+    scale: float = 1.0,
+    packed: bool = False,
 ) -> StepTotals:
-    """Run the student over micro-batches and add up the gradient of `scale` times the sum of the kept losses.
+    """Run the student over micro-batches and add up the gradient of `scale` times the weighted sum of the losses.
 
     Args:
         student: In train mode or not as the caller wants it; its logits over the vocabulary are never made.
         objective: Gives the loss at each position.
         turns: What was sampled.
         support: The teacher's answer at the turns' response positions, laid end to end.
-        keep: Which of those positions count.
+        weights: Of those positions (`reductions.position_weights`); 0 leaves one out.
         groups: Micro-batches, as numbers of turns. A process with fewer than the others appends empty ones, which
             run the student all the same (sharded weights are gathered by all processes together).
-        scale: 1 / (kept positions of all processes), times the number of processes if gradients are averaged.
         backward: Called once for each micro-batch.
+        scale: The number of processes, where gradients are averaged over them.
+        packed: Lay the sequences of a micro-batch in one row, without padding.
     """
     places = spans([len(turn.completion.ids) for turn in turns])
+    watched = torch.arange(len(weights), device=weights.device) % max(1, len(weights) // WATCHED_POSITIONS) == 0
     totals = StepTotals()
     for group in groups:
         members = group or [0]
-        batch = TokenBatch.pad(
-            [turns[i].prompt.ids for i in members], [turns[i].completion.ids for i in members], student.device
-        )
-        rows = torch.tensor([place for i in members for place in places[i]], device=student.device)
+        batch = _batch(turns, members, packed, student.device)
+        rows = _rows(places, members, student.device)
         # Masked positions are left out before anything is computed: they may hold infinities.
-        kept = keep[rows] if group else torch.zeros_like(keep[rows])
+        kept = weights[rows] > 0 if group else torch.zeros_like(rows, dtype=torch.bool)
+        sampler = [value for i in members for value in turns[i].completion.log_probs]
         positions = Positions(
             hidden=hidden_states(student, batch)[kept],
             sampled=batch.targets[kept],
-            turn=batch.row[kept],
+            sampler_log_probs=torch.tensor(sampler, dtype=torch.float32, device=student.device)[kept],
+            turn=batch.sequence[kept],
+            watched=watched[rows[kept]],
             support=support.rows(rows[kept]),
         )
         with torch.autocast(student.device.type, enabled=False):  # K logits are cheap enough for full precision
             loss = objective(OutputHead.of(student), positions)
-        summed = loss.value.sum()
+        summed = (loss.value * weights[rows[kept]].to(loss.value.dtype)).sum()
         backward(summed * scale)
         totals.kept += int(kept.sum())
         totals.loss += summed.item()
-        for name, value in loss.metrics.items():
-            totals.metrics[name] = totals.metrics.get(name, 0.0) + value.sum().item()
+        for name, values in loss.metrics.items():
+            total, count = totals.metrics.get(name, (0.0, 0))
+            totals.metrics[name] = total + values.sum().item(), count + len(values)
     return totals
+
+
+@torch.no_grad()
+def student_top_tokens(
+    student: PreTrainedModel,
+    turns: Sequence[Turn],
+    k: int,
+    *,
+    groups: Sequence[Sequence[int]],
+    packed: bool = False,
+) -> Int[Tensor, "n k"]:
+    """The student's own K most probable tokens at each response position of the turns, laid end to end.
+
+    Args and order as `accumulate_gradients`; a chunk of logits exists at a time.
+    """
+    places = spans([len(turn.completion.ids) for turn in turns])
+    top = torch.zeros((sum(map(len, places)), k), dtype=torch.long, device=student.device)
+    for group in groups:
+        members = group or [0]
+        rows = _rows(places, members, student.device)
+        hidden = hidden_states(student, _batch(turns, members, packed, student.device))
+        head = OutputHead.of(student)
+        chunk = max(1, NORMALISER_ELEMENTS // head.weight.shape[0])
+        for part, places_of_part in zip(hidden.split(chunk), rows.split(chunk), strict=True):
+            top[places_of_part] = head.all_logits(part).topk(k, -1).indices
+    return top
+
+
+def _rows(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
+    """Where the positions of some turns lie among those of all turns."""
+    return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)
+
+
+def _batch(turns: Sequence[Turn], members: Sequence[int], packed: bool, device: torch.device) -> TokenBatch:
+    lay = TokenBatch.pack if packed else TokenBatch.pad
+    return lay([turns[i].prompt.ids for i in members], [turns[i].completion.ids for i in members], device)

@@ -1,6 +1,7 @@
 """Slow ways to the numbers of a step: one turn at a time, logits of the whole vocabulary, no padding."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ def top_support(logits: Tensor, sampled: Tensor, k: int, turn_end: Sequence[int]
         log_probs=top.values,
         sampled=log_probs.gather(-1, sampled[:, None])[:, 0],
         turn_end=log_probs[:, list(turn_end)].logsumexp(-1),
+        lost=torch.zeros(len(log_probs), dtype=log_probs.dtype),
+        comparable=torch.ones(len(log_probs), dtype=torch.bool),
+        alike=torch.ones(len(log_probs), dtype=torch.bool),
     )
 
 
@@ -46,12 +50,7 @@ def random_support(turns: Sequence[Turn], k: int, seed: int = 0, vocabulary: int
 
 def joined(supports: Sequence[Support]) -> Support:
     """Supports laid end to end."""
-    return Support(
-        **{
-            name: torch.cat([getattr(part, name) for part in supports])
-            for name in ("ids", "log_probs", "sampled", "turn_end")
-        }
-    )
+    return Support(**{f.name: torch.cat([getattr(part, f.name) for part in supports]) for f in fields(Support)})
 
 
 def turn_of(turn: Turn, ids: Sequence[int]) -> Turn:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from lsm_lightning.objectives.head import OutputHead
@@ -18,26 +18,36 @@ class Positions:
     """The student's last hidden state before each response token, with gradient."""
     sampled: Int[Tensor, " n"]
     """The token that the student sampled there."""
+    sampler_log_probs: Float[Tensor, " n"]
+    """Nats: its log-prob when it was sampled."""
     turn: Int[Tensor, " n"]
     """Number of the turn within this micro-batch, not decreasing."""
+    watched: Bool[Tensor, " n"]
+    """A bounded number of positions a step, for measurements that need logits of the whole vocabulary."""
     support: Support
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Loss:
-    """A loss a position, not reduced: one place, the module, sums and divides."""
+    """A loss a position, not reduced: one place, `update`, weighs and sums."""
 
     value: Float[Tensor, " n"]
     """Nats; its gradient trains the student."""
-    metrics: dict[str, Float[Tensor, " n"]] = field(default_factory=dict)
-    """Further numbers a position, without gradient, to be averaged and logged."""
+    metrics: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)
+    """Further numbers, without gradient, at all positions or at some, to be averaged and logged."""
 
 
 class Objective(ABC):
-    """Turns K student logits and K teacher log-probs a position into a loss."""
+    """Turns logits of the student and log-probs of the teacher into a loss a position."""
 
-    support_size: int
-    """K: how many tokens a position the teacher has to deliver."""
+    teacher_tokens: int | None
+    """How many of its top tokens the teacher delivers at a position; None: all that both sides have."""
+    student_tokens: int = 0
+    """How many of the student's own top tokens are compared as well."""
+    adds_sampled: bool = False
+    """Whether the sampled token is compared as well."""
+    compares_sampled: bool = False
+    """Whether a position is of use only where the teacher reads the very token that the student sampled."""
 
     @abstractmethod
     def __call__(self, head: OutputHead, positions: Positions) -> Loss:

@@ -32,15 +32,17 @@ def support_divergence(
       divergence of unnormalised measures.
     - `raw`: as they are; not a divergence: its minimum lies at $\pi_S = q_S / e$ and training collapses.
 
-    Computed in float32 or wider. An entry of probability 0 on the weighting side counts 0.
+    A token that the teacher gives probability 0 is no member of the support, on neither side; a position without
+    members has no divergence. Computed in float32 or wider, finite for every input that has neither NaN nor +inf.
 
     >>> support_divergence(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0]))
     tensor(0.)
     """
     wide = torch.promote_types(student.dtype, torch.float32)
-    log_pi, log_q = student.to(wide), teacher.to(wide)
+    member = teacher > -torch.inf
+    log_pi, log_q = (side.to(wide).masked_fill(~member, -torch.inf) for side in (student, teacher))
     if support == "renormalise":
-        log_pi, log_q = log_pi.log_softmax(-1), log_q.log_softmax(-1)
+        log_pi, log_q = _log_softmax(log_pi), _log_softmax(log_q)
     elif support == "tail_bucket":
         log_pi, log_q = _with_tail(log_pi), _with_tail(log_q)
     if divergence == "jsd":
@@ -72,9 +74,39 @@ def returns_to_go(rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamm
     return torch.stack(sums[::-1], 1)
 
 
+def clipped_policy_loss(
+    log_ratio: Float[Tensor, "*b"], advantages: Float[Tensor, "*b"], *, clip: float, dual_clip: float
+) -> Float[Tensor, "*b"]:
+    r"""PPO's loss $-\min(\rho A, \text{clip}(\rho, 1 \pm \epsilon) A)$, with $\rho$ = new / old probability.
+
+    With a negative advantage the loss is at most $-c A$ ($c$ = `dual_clip`, arXiv 1912.09729), so that one token whose
+    probability grew by orders of magnitude does not rule the step.
+
+    Args:
+        log_ratio: Log-prob now (with gradient) minus log-prob when sampled.
+        advantages: Without gradient.
+        clip: $\epsilon$.
+        dual_clip: $c$.
+
+    >>> clipped_policy_loss(torch.zeros(2), torch.tensor([1.0, -2.0]), clip=0.2, dual_clip=3.0)
+    tensor([-1.,  2.])
+    """
+    ratio = log_ratio.exp()
+    loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
+    return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
+
+
 def _kl(log_p: Float[Tensor, "*b k"], log_q: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
-    ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q)
+    """An entry with p = 0 counts 0; q = 0 counts as the smallest normal number, so that the sum stays finite."""
+    floor = math.log(torch.finfo(log_q.dtype).tiny)
+    ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q.clamp(min=floor))
     return (log_p.exp() * ratio).sum(-1)
+
+
+def _log_softmax(logits: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k"]:
+    """Rows without a finite entry stay as they are, where `log_softmax` would make them NaN."""
+    nothing = (logits == -torch.inf).all(-1, keepdim=True)
+    return logits.masked_fill(nothing, 0.0).log_softmax(-1).masked_fill(logits == -torch.inf, -torch.inf)
 
 
 def _with_tail(log_probs: Float[Tensor, "*b k"]) -> Float[Tensor, "*b k1"]:

@@ -4,8 +4,8 @@ Local support matching needs K logits a position, so only K rows of the output m
 normaliser (a tail, the sampled token's log-prob) gets it in chunks that are recomputed in the backward pass.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 
-GATHER_ELEMENTS = 2**24
-"""At most so many weights are gathered at once (64 MiB in float32)."""
-NORMALISER_ELEMENTS = 2**25
-"""At most so many logits exist at once while the normaliser is computed (128 MiB in float32)."""
+GATHER_ELEMENTS = 2**22
+"""At most so many weights are gathered at once (16 MiB in float32)."""
+NORMALISER_ELEMENTS = 2**23
+"""At most so many logits exist at once while the normaliser is computed (32 MiB in float32)."""
 
 
 def gather_logits(
@@ -32,9 +32,24 @@ def gather_logits(
 ) -> Float[Tensor, "n k"]:
     """The logits `hidden @ weight.T + bias` at K chosen ids a position, and no others.
 
+    Products are summed in float32 or wider, whatever the weight's type; so are the gradients.
+
+    Raises:
+        ValueError: Hidden states and weight differ in width, or an id has no row in the weight.
+
     >>> gather_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1, 0]]))
     tensor([[2., 1.]])
     """
+    if hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"hidden states are {hidden.shape[1]} wide and the output matrix {weight.shape[1]}: they are of two models."
+        )
+    if ids.numel() and not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
+        # On a GPU the indexing itself asserts this; looking here would wait for it.
+        raise ValueError(
+            f"ids reach from {int(ids.min())} to {int(ids.max())}, but the output matrix has rows 0 to "
+            f"{len(weight) - 1}: give ids of the student's vocabulary."
+        )
     logits: Float[Tensor, "n k"] = _GatherLogits.apply(hidden, weight, ids)
     return logits if bias is None else logits + bias[ids]
 
@@ -46,23 +61,36 @@ class _GatherLogits(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor) -> Tensor:
         """`[N, K]` logits."""
         ctx.save_for_backward(hidden, weight, ids)
-        logits = hidden.new_empty(ids.shape)
+        wide = _wide(hidden, weight)
+        logits = hidden.new_empty(ids.shape, dtype=wide)
         for part in _chunks(ids, weight):
-            torch.bmm(weight[ids[part]], hidden[part].unsqueeze(-1), out=logits[part].unsqueeze(-1))
+            rows = weight[ids[part]].to(wide)
+            torch.bmm(rows, hidden[part].to(wide).unsqueeze(-1), out=logits[part].unsqueeze(-1))
         return logits
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Gradients of hidden states and weight; all chunks add into one weight gradient."""
         hidden, weight, ids = ctx.saved_tensors
-        hidden_gradient, weight_gradient = torch.empty_like(hidden), torch.zeros_like(weight)
+        of_hidden, of_weight, _ = ctx.needs_input_grad
+        wide = _wide(hidden, weight)
+        hidden_gradient = torch.empty_like(hidden) if of_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=wide) if of_weight else None
         for part in _chunks(ids, weight):
             gradient = gradients[0][part]
-            hidden_gradient[part] = torch.bmm(gradient.unsqueeze(1), weight[ids[part]]).squeeze(1)
-            outer = gradient.unsqueeze(-1) * hidden[part].unsqueeze(1)
-            weight_gradient.index_add_(0, ids[part].reshape(-1), outer.reshape(-1, outer.shape[-1]))
-        return hidden_gradient, weight_gradient, None
+            if hidden_gradient is not None:
+                rows = weight[ids[part]].to(wide)
+                hidden_gradient[part] = torch.bmm(gradient.unsqueeze(1), rows).squeeze(1).to(hidden.dtype)
+            if weight_gradient is not None:
+                outer = gradient.unsqueeze(-1) * hidden[part].to(wide).unsqueeze(1)
+                weight_gradient.index_add_(0, ids[part].reshape(-1), outer.reshape(-1, outer.shape[-1]))
+        return hidden_gradient, None if weight_gradient is None else weight_gradient.to(weight.dtype), None
+
+
+def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    """The type in which products are summed."""
+    return torch.promote_types(torch.promote_types(hidden.dtype, weight.dtype), torch.float32)
 
 
 def _chunks(ids: Int[Tensor, "n k"], weight: Float[Tensor, "v d"]) -> Iterator[slice]:
@@ -73,22 +101,35 @@ def _chunks(ids: Int[Tensor, "n k"], weight: Float[Tensor, "v d"]) -> Iterator[s
 
 
 @dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """A low-rank addition to the output matrix (LoRA): `scale * up @ down`."""
+
+    down: Float[Tensor, "r d"]
+    up: Float[Tensor, "v r"]
+    scale: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class OutputHead:
     """A linear output layer with what some model families do to its logits."""
 
     weight: Float[Tensor, "v d"]
     bias: Float[Tensor, " v"] | None = None
+    adapters: tuple[Adapter, ...] = ()
     scale: float = 1.0
     soft_cap: float | None = None
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> "OutputHead":
-        """The head of a causal language model.
+        """The head of a causal language model; a LoRA adapter of peft on it is seen through.
 
         Raises:
             ConfigurationError: Its output layer is not linear, so single logits cannot be computed.
         """
         layer = model.get_output_embeddings()
+        adapters: tuple[Adapter, ...] = ()
+        if hasattr(layer, "lora_A"):
+            adapters, layer = _adapters(layer), layer.base_layer
         if not isinstance(layer, nn.Linear):
             raise ConfigurationError(
                 f"The output layer of {type(model).__name__} is {type(layer).__name__}, not a linear layer: "
@@ -103,14 +144,23 @@ class OutputHead:
         return cls(
             weight=weight,
             bias=bias,
+            adapters=adapters,
             scale=float(scale),
             soft_cap=getattr(config, "final_logit_softcapping", None),
         )
 
+    def detached(self) -> "OutputHead":
+        """The same head without gradient, for what is only looked at."""
+        adapters = tuple(replace(a, down=a.down.detach(), up=a.up.detach()) for a in self.adapters)
+        bias = None if self.bias is None else self.bias.detach()
+        return replace(self, weight=self.weight.detach(), bias=bias, adapters=adapters)
+
     def logits(self, hidden: Float[Tensor, "n d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Logits at K ids a position, in float32 or wider."""
-        hidden = hidden.to(self.weight.dtype)
-        return self._finish(gather_logits(hidden, self.weight, ids, self.bias))
+        logits = gather_logits(hidden, self.weight, ids, self.bias)
+        for adapter in self.adapters:
+            logits = logits + adapter.scale * gather_logits(_down(adapter, hidden), adapter.up, ids)
+        return self._finish(logits)
 
     def log_normaliser(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         """Log-sum-exp of all logits a position; subtract it from logits to get log-probs."""
@@ -124,7 +174,11 @@ class OutputHead:
 
     def all_logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
         """Logits of the whole vocabulary, for callers that take a few rows at a time."""
-        return self._finish(nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias))
+        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+        for adapter in self.adapters:
+            low = _down(adapter, hidden).to(adapter.up.dtype)
+            logits = logits + adapter.scale * nn.functional.linear(low, adapter.up)
+        return self._finish(logits)
 
     def _log_sum_exp(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
         return self.all_logits(hidden).logsumexp(-1)
@@ -135,21 +189,59 @@ class OutputHead:
 
 
 @torch.no_grad()
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: PreTrainedModel, name: str) -> None:
     """Compare the model's own logits with those of its `OutputHead`, at one position.
 
     Raises:
-        ConfigurationError: They differ: the model does something to its logits that `OutputHead` does not know.
+        ConfigurationError: They are not finite, or they differ: the model does something to its logits that
+            `OutputHead` does not know.
     """
     ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     own = model(input_ids=ids, use_cache=False).logits[0].float()
+    if not own.isfinite().all():
+        raise ConfigurationError(
+            f"The model '{name}' gives logits that are not finite: its weights are damaged, or {model.dtype} is too "
+            "narrow for them (set its dtype to float32)."
+        )
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     ours = OutputHead.of(model).all_logits(hidden).float()
     if not torch.allclose(own, ours, rtol=0.02, atol=0.02 * float(own.abs().max())):
         raise ConfigurationError(
-            f"{type(model).__name__} changes its logits in a way this library does not know (largest difference "
-            f"{float((own - ours).abs().max()):.3g}), so single logits cannot be computed. Use another model."
+            f"{type(model).__name__} ('{name}') changes its logits in a way this library does not know (by up "
+            f"to {float((own - ours).abs().max()):.3g}), so single logits cannot be computed. Use another model."
         )
+
+
+def _down(adapter: Adapter, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:
+    return nn.functional.linear(hidden.to(adapter.down.dtype), adapter.down)
+
+
+def _adapters(layer: Any) -> tuple[Adapter, ...]:
+    """The active LoRA adapters of a peft layer, unless they are merged into its weight already.
+
+    Raises:
+        ConfigurationError: An adapter is more than a low-rank addition.
+    """
+    if layer.merged or layer.disable_adapters:
+        return ()
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    settings: Mapping[str, Any] = getattr(layer, "use_dora", {})
+    for name in active:
+        if settings.get(name) or not isinstance(layer.lora_dropout[name], nn.Identity):
+            raise ConfigurationError(
+                f"The LoRA adapter '{name}' on the output layer uses DoRA or dropout, which logits of single tokens "
+                "cannot follow: set use_dora to false and lora_dropout to 0, or leave the output layer unadapted."
+            )
+    return tuple(
+        Adapter(down=_weight(layer.lora_A[name]), up=_weight(layer.lora_B[name]), scale=float(layer.scaling[name]))
+        for name in active
+    )
+
+
+def _weight(layer: nn.Linear) -> Tensor:
+    weight = _whole(layer.weight)
+    assert weight is not None
+    return weight
 
 
 def _whole(parameter: Tensor | None) -> Tensor | None:

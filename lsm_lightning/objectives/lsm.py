@@ -1,22 +1,30 @@
-"""Local support matching: compare student and teacher over the teacher's top K tokens (arXiv 2603.25562, Eq. 8)."""
+"""Local support matching: compare student and teacher over a few tokens a position (arXiv 2603.25562, Eq. 8)."""
 
 import warnings
+from typing import Literal
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.base import Loss, Objective, Positions
 from lsm_lightning.objectives.functional import Divergence, SupportKind, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
+Source = Literal["teacher", "student", "union", "sampled_added"]
+
 
 class LocalSupportMatching(Objective):
-    """Divergence over the teacher's top K tokens; see `functional.support_divergence`.
+    """Divergence over K tokens a position; see `functional.support_divergence`.
 
     Args:
         k: Size of the support, in tokens (paper: 32; it found 16 unstable).
+        source: Whose top K tokens: the `teacher`'s (paper), the `student`'s, the `union` of both, or the teacher's with
+            the token that the student sampled (`sampled_added`). `student` and `union` cost one more forward pass.
         support: What happens to the probability outside the support. `renormalise` is the paper's choice and needs no
-            student normaliser; `tail_bucket` also sees student mass that leaves the support.
+            student normaliser; `tail_bucket` also sees student mass that leaves the support, as does `generalised`;
+            `raw` collapses and is there to show it.
         divergence: `reverse_kl` is the paper's.
         temperature: Divides the logits of both sides; only with `renormalise`, where the normaliser cancels.
     """
@@ -24,11 +32,12 @@ class LocalSupportMatching(Objective):
     def __init__(
         self,
         k: int = 32,
+        source: Source = "teacher",
         support: SupportKind = "renormalise",
         divergence: Divergence = "reverse_kl",
         temperature: float = 1.0,
     ) -> None:
-        if k < 1 or (k == 1 and support == "renormalise"):
+        if k < 1 or (k == 1 and support == "renormalise" and source in ("teacher", "student")):
             raise ConfigurationError(
                 f"LocalSupportMatching(k={k}): renormalised over one token both sides are 1 and the loss is always 0. "
                 "Use k >= 2 (paper: 32), or `SampledToken` for the baseline that compares one token."
@@ -46,13 +55,15 @@ class LocalSupportMatching(Objective):
                 "see that, not to train.",
                 stacklevel=2,
             )
-        self.support_size = k
+        self.teacher_tokens = 0 if source == "student" else k
+        self.student_tokens = k if source in ("student", "union") else 0
+        self.adds_sampled = source == "sampled_added"
         self.support: SupportKind = support
         self.divergence: Divergence = divergence
         self.temperature = temperature
 
     def __call__(self, head: OutputHead, positions: Positions) -> Loss:
-        """The divergence, and the probability the teacher has inside the support."""
+        """The divergence; logged besides: the mass of both sides outside the support, and how often the first agree."""
         teacher = positions.support.log_probs
         student = head.logits(positions.hidden, positions.support.ids)
         if self.support != "renormalise":
@@ -60,9 +71,21 @@ class LocalSupportMatching(Objective):
         value = support_divergence(
             student / self.temperature, teacher / self.temperature, support=self.support, divergence=self.divergence
         )
-        metrics = {"kl": value.detach(), "teacher_mass": teacher.exp().sum(-1)}
-        if self.support != "renormalise":
-            metrics["student_mass"] = student.detach().exp().sum(-1)
         with torch.no_grad():
-            agreement = student.argmax(-1) == teacher.argmax(-1)
-        return Loss(value=value, metrics=metrics | {"top1_agreement": agreement.float()})
+            members = student.masked_fill(teacher == -torch.inf, -torch.inf)
+            metrics = {
+                "kl": value,
+                "teacher_mass_outside": 1 - teacher.exp().sum(-1),
+                "student_mass_outside": self._student_outside(head, positions, members),
+                "top1_agreement": (members.argmax(-1) == teacher.argmax(-1)).float(),
+            }
+        return Loss(value=value, metrics={name: numbers.detach() for name, numbers in metrics.items()})
+
+    def _student_outside(
+        self, head: OutputHead, positions: Positions, members: Float[Tensor, "n k"]
+    ) -> Float[Tensor, " _"]:
+        """At every position if log-probs are at hand, else at the watched ones."""
+        if self.support == "renormalise":
+            watched = positions.watched
+            members = members[watched] - head.log_normaliser(positions.hidden[watched]).unsqueeze(-1)
+        return 1 - members.exp().sum(-1)

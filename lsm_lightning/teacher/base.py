@@ -4,6 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.rollout.base import Sampling
@@ -27,12 +29,23 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def setup(self, student: PreTrainedTokenizerBase, student_vocabulary: int, device: torch.device) -> None:
+    def setup(
+        self,
+        student: PreTrainedTokenizerBase,
+        *,
+        vocabulary: int,
+        respell: bool,
+        tokens: int | None,
+        device: torch.device,
+    ) -> None:
         """Load or reach the model and compare tokenizers; called once, before the first step.
 
         Args:
             student: The student's tokenizer.
-            student_vocabulary: Rows of the student's output matrix; no id beyond it enters a support.
+            vocabulary: Rows of the student's output matrix; no id beyond it enters a support.
+            respell: Whether the teacher reads its own spelling of the student's texts, or the student's tokens as they
+                stand.
+            tokens: How many of its top tokens `score` is going to be asked for; None: all that both sides have.
             device: Where supports are wanted.
 
         Raises:
@@ -40,8 +53,14 @@ class Teacher(ABC):
         """
 
     @abstractmethod
-    def score(self, turns: Sequence[Turn], k: int) -> Support:
-        """The teacher's top K at each response position of the turns, laid end to end."""
+    def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
+        """The teacher's top tokens at each response position of the turns, laid end to end.
+
+        Args:
+            turns: What the student wrote.
+            added: Ids of the student's vocabulary whose log-probs are wanted as well; those that are among the top
+                tokens already are no members a second time.
+        """
 
     @abstractmethod
     def player(self, sampling: Sampling) -> Player:

@@ -1,6 +1,7 @@
 """A teacher in this process: a frozen transformers model with its own tokenizer and chat template."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -15,11 +16,13 @@ from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.teacher.base import Teacher
+from lsm_lightning.teacher.reading import Reading, as_it_stands, respelled
+from lsm_lightning.teacher.translation import Translation
 from lsm_lightning.types import Support, Turn
 from tokenalign import Pair
 
-LOGITS_AT_ONCE = 2**25
-"""At most so many logits exist at once while scoring (128 MiB in float32)."""
+LOGITS_AT_ONCE = 2**23
+"""At most so many logits exist at once while scoring (32 MiB in float32)."""
 
 
 class LocalTeacher(Teacher):
@@ -55,39 +58,61 @@ class LocalTeacher(Teacher):
         """See `Teacher.check`."""
         check_model(self.path)
 
-    def setup(self, student: PreTrainedTokenizerBase, student_vocabulary: int, device: torch.device) -> None:
+    def setup(
+        self,
+        student: PreTrainedTokenizerBase,
+        *,
+        vocabulary: int,
+        respell: bool,
+        tokens: int | None,
+        device: torch.device,
+    ) -> None:
         """See `Teacher.setup`."""
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
-        self.model = load_model(self.path, self.dtype).requires_grad_(False)
-        self.model.to(device)  # type: ignore[arg-type]
-        check_head(self.model)
+        self.model = load_model(self.path, self.dtype).requires_grad_(False).eval()
+        self.model.to(device)
+        check_head(self.model, self.path)
         self.head = OutputHead.of(self.model)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
-        self.pair = self._pair(student, student_vocabulary)
-        self._shared = self._shared_ids(student_vocabulary).to(device)
+        self.pair = self._pair(student, vocabulary)
+        self.respell = respell
+        translate = Translation.of_meaning if respell else Translation.of_ids
+        self.translation = translate(self.pair, vocabulary, self.head.weight.shape[0], self.path, device)
+        if tokens is not None and tokens > self.translation.known:
+            raise ConfigurationError(
+                f"A support of k={tokens} tokens was asked for, but student and teacher '{self.path}' share only "
+                f"{self.translation.known} tokens. Lower the objective's k."
+            )
+        self.tokens = int(self.translation.members.sum()) if tokens is None else tokens
 
     @torch.no_grad()
-    def score(self, turns: Sequence[Turn], k: int) -> Support:
-        """See `Teacher.score`; the student's tokens are read as they stand."""
-        if k > int(self._shared.sum()):
-            raise ConfigurationError(
-                f"A support of k={k} tokens was asked for, but student and teacher '{self.path}' share only "
-                f"{int(self._shared.sum())} tokens. Lower the objective's k."
-            )
+    def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
+        """See `Teacher.score`.
+
+        Raises:
+            ConfigurationError: The teacher's log-probs are not finite.
+        """
         prompts = render(self.tokenizer, [list(turn.prompt.messages) for turn in turns])
-        # An id beyond the teacher's matrix (vocabularies are padded differently) is masked; here it only must not fail.
-        rows = self.head.weight.shape[0]
-        responses = [[i if i < rows else 0 for i in turn.completion.ids] for turn in turns]
-        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        places = spans([len(response) for response in responses])
+        reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.head.weight.shape[0])
+        lengths = [len(prompt) + len(r) for prompt, r in zip(prompts, reading.responses, strict=True)]
+        places = spans([len(turn.completion.ids) for turn in turns])
         parts: list[Support] = []
-        order: list[int] = []
+        order: list[Tensor] = []
         for group in group_by_length(lengths, self.batch_tokens):
-            batch = TokenBatch.pad([prompts[i] for i in group], [responses[i] for i in group], self.model.device)
+            batch = TokenBatch.pad(
+                [prompts[i] for i in group], [reading.responses[i] for i in group], self.model.device
+            )
+            rows = torch.tensor([place for i in group for place in places[i]], dtype=torch.long, device=added.device)
             with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
-                parts.extend(self._top_k(hidden_states(self.model, batch), batch.targets, k))
-            order.extend(place for i in group for place in places[i])
-        return _joined(parts).rows(torch.tensor(order, device=self.model.device).argsort())
+                parts.extend(self._answers(batch, *_merged(reading, group, self.model.device), added[rows]))
+            order.append(rows)
+        support = _joined(parts).rows(torch.cat(order).argsort())
+        if bool((support.log_probs.isnan().any() | support.sampled.isnan().any()).item()):
+            raise ConfigurationError(
+                f"The teacher '{self.path}' answers with log-probs that are not finite, in {self.model.dtype}: set its "
+                "dtype to float32, or check its weights."
+            )
+        return support
 
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
@@ -96,60 +121,73 @@ class LocalTeacher(Teacher):
             engine=engine, tokenizer=self.tokenizer, turn_end=frozenset(self.turn_end.tolist()), sampling=sampling
         )
 
-    def _top_k(self, hidden: Float[Tensor, "n d"], sampled: Int[Tensor, " n"], k: int) -> list[Support]:
-        """Supports of consecutive positions, a chunk of logits at a time."""
+    def _answers(
+        self,
+        batch: TokenBatch,
+        position: Int[Tensor, " n"],
+        alike: Bool[Tensor, " n"],
+        added: Int[Tensor, "n c"],
+    ) -> Iterator[Support]:
+        """Supports of consecutive student positions, a chunk of logits at a time."""
+        comparable = position >= 0
+        position = position.clamp(min=0)
+        hidden, targets = hidden_states(self.model, batch), batch.targets
+        if not len(targets):  # the teacher cannot spell anything of these texts
+            hidden, targets = hidden.new_zeros(1, hidden.shape[1]), targets.new_zeros(1)
         rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
-        return [self._top_k_of(*part, k) for part in zip(hidden.split(rows), sampled.split(rows), strict=True)]
+        for part in torch.arange(len(position), device=position.device).split(rows):
+            at = position[part]
+            yield self._answer(hidden[at], targets[at], comparable[part], alike[part], added[part])
 
-    def _top_k_of(self, hidden: Float[Tensor, "n d"], sampled: Int[Tensor, " n"], k: int) -> Support:
+    def _answer(
+        self,
+        hidden: Float[Tensor, "n d"],
+        target: Int[Tensor, " n"],
+        comparable: Bool[Tensor, " n"],
+        alike: Bool[Tensor, " n"],
+        added: Int[Tensor, "n c"],
+    ) -> Support:
         log_probs = self.head.all_logits(hidden).log_softmax(-1)
-        top = log_probs.masked_fill(~self._shared, -torch.inf).topk(k, -1)
+        turn_end = log_probs[:, self.turn_end].logsumexp(-1)
+        log_probs = self.translation.merged(log_probs)
+        ids, top, lost = self.translation.top(log_probs, self.tokens)
+        more = self.translation.look_up(log_probs, added, ids)
+        members = torch.cat((top, more), -1).masked_fill(~comparable.unsqueeze(-1), -torch.inf)
         return Support(
-            ids=top.indices,
-            log_probs=top.values,
-            sampled=log_probs.gather(-1, sampled.unsqueeze(-1)).squeeze(-1),
-            turn_end=log_probs[:, self.turn_end].logsumexp(-1),
+            ids=torch.cat((ids, added), -1).masked_fill(members == -torch.inf, 0),
+            log_probs=members,
+            sampled=log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1).masked_fill(~alike, -torch.inf),
+            turn_end=turn_end,
+            lost=lost,
+            comparable=comparable,
+            alike=alike,
         )
 
-    def _pair(self, student: PreTrainedTokenizerBase, student_vocabulary: int) -> Pair:
-        teacher_vocabulary = self.head.weight.shape[0]
+    def _pair(self, student: PreTrainedTokenizerBase, vocabulary: int) -> Pair:
         try:
             return Pair(
                 student,
                 self.tokenizer,
-                student_size=max(student_vocabulary, len(student)),
-                teacher_size=max(teacher_vocabulary, len(self.tokenizer)),
+                student_size=max(vocabulary, len(student)),
+                teacher_size=max(self.head.weight.shape[0], len(self.tokenizer)),
             )
         except ValueError as error:
             raise ConfigurationError(
                 f"The tokenizers of student and teacher '{self.path}' cannot be compared: {error}"
             ) from error
 
-    def _shared_ids(self, student_vocabulary: int) -> Bool[Tensor, " v"]:
-        """Which of the teacher's output rows mean the same token in the student's vocabulary.
 
-        Raises:
-            ConfigurationError: The student's ids mean other tokens here, so they cannot be read as they stand.
-        """
-        to_teacher = torch.from_numpy(self.pair.vocab.to_teacher).long()
-        same = to_teacher == torch.arange(len(to_teacher), device=to_teacher.device)
-        moved = int((~same & (to_teacher >= 0)).sum())
-        if moved:
-            raise ConfigurationError(
-                f"The vocabularies of the student and of the teacher '{self.path}' differ: {moved} of the student's "
-                f"{len(to_teacher)} tokens have another id there. LocalTeacher reads the student's ids as they stand: "
-                "choose a teacher of the same tokenizer family (`tokenalign.Pair(...).report()` tells more)."
-            )
-        shared = torch.zeros(self.head.weight.shape[0], dtype=torch.bool, device=same.device)
-        shared[: len(same)] = same[: len(shared)]
-        shared[student_vocabulary:] = False
-        return shared
+def _merged(
+    reading: Reading, group: Sequence[int], device: torch.device
+) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
+    """`position` and `alike` of some turns end to end, positions counted over all of the group's responses."""
+    starts = [places.start for places in spans([len(reading.responses[i]) for i in group])]
+    position = [
+        torch.where(reading.position[i] < 0, -1, reading.position[i] + start)
+        for i, start in zip(group, starts, strict=True)
+    ]
+    return torch.cat(position).to(device), torch.cat([reading.alike[i] for i in group]).to(device)
 
 
 def _joined(parts: list[Support]) -> Support:
-    return Support(
-        ids=torch.cat([part.ids for part in parts]),
-        log_probs=torch.cat([part.log_probs for part in parts]),
-        sampled=torch.cat([part.sampled for part in parts]),
-        turn_end=torch.cat([part.turn_end for part in parts]),
-    )
+    return Support(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Support)})

@@ -1,0 +1,142 @@
+"""A teacher's log-probs in terms of the student's ids."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lsm_lightning.errors import ConfigurationError
+from tokenalign import Pair, VocabMap, project_topk
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translation:
+    """Which of the teacher's tokens may enter a support, and what they are to the student."""
+
+    vocab: VocabMap
+    members: Bool[Tensor, " v"]
+    """Over the teacher's output rows: its tokens, without the padding of its vocabulary."""
+    to_teacher: Int[Tensor, " u"]
+    """Teacher id of each student id, -1 for none."""
+    ends: Int[Tensor, " e"]
+    """End-of-turn tokens scored as one class: the first holds the probability of all. Empty: each on its own."""
+
+    @classmethod
+    def of_ids(cls, pair: Pair, vocabulary: int, rows: int, name: str, device: torch.device) -> "Translation":
+        """Every token that both sides have under the same id; the teacher reads the student's ids as they stand.
+
+        Args:
+            pair: Student and teacher.
+            vocabulary: The student's output rows; no id beyond them is translated to.
+            rows: The teacher's.
+            name: The teacher's, for messages.
+            device: Where log-probs are going to be.
+
+        Raises:
+            ConfigurationError: A token has another id at the teacher, so that it would misread the student's ids.
+        """
+        to_teacher = pair.vocab.to_teacher
+        same = to_teacher == np.arange(len(to_teacher))
+        if moved := int((~same & (to_teacher >= 0)).sum()):
+            raise ConfigurationError(
+                f"The vocabularies of the student and of the teacher '{name}' differ: {moved} of the student's "
+                f"{len(to_teacher)} tokens have another id there, and it would read the student's ids as they stand. "
+                "Set model.mask to repair, which gives it its own spelling of the texts."
+            )
+        to_student = np.full(rows, -1, np.int32)
+        shared = np.flatnonzero(same[: min(rows, vocabulary)])
+        to_student[shared] = shared
+        return cls._made(to_student, np.where(same, to_teacher, -1), to_student >= 0, [], device)
+
+    @classmethod
+    def of_meaning(cls, pair: Pair, vocabulary: int, rows: int, name: str, device: torch.device) -> "Translation":
+        """Every token with the same bytes and role, and the end of a turn as one token on both sides.
+
+        Arguments as `of_ids`.
+
+        Raises:
+            ConfigurationError: The vocabularies have next to nothing in common.
+        """
+        student, teacher = pair.conventions
+        to_teacher, to_student = pair.vocab.to_teacher.copy(), pair.vocab.to_student[:rows].copy()
+        members = pair.teacher.lengths[:rows] > 0
+        ends: list[int] = []
+        if student.own_turn_end is not None and teacher.own_turn_end is not None:
+            # Whatever ends the student's turn is the teacher's end of a turn, and that is the student's own.
+            to_student[np.isin(to_student, [*student.turn_end])] = -1
+            ends = [teacher.own_turn_end, *sorted(teacher.turn_end - {teacher.own_turn_end})]
+            to_student[ends] = -1
+            to_student[teacher.own_turn_end] = student.own_turn_end
+            to_teacher[[*student.turn_end]] = teacher.own_turn_end
+            members[ends[1:]] = False
+        to_student[to_student >= vocabulary] = -1
+        to_teacher[to_teacher >= rows] = -1
+        made = cls._made(to_student, to_teacher, members, ends, device)
+        if made.known < 2:
+            raise ConfigurationError(
+                f"The student and the teacher '{name}' share {made.known} tokens, too few to compare them over: see "
+                "`python -m tokenalign inspect` on the two, and choose another teacher."
+            )
+        return made
+
+    @classmethod
+    def _made(
+        cls,
+        to_student: NDArray[np.int32],
+        to_teacher: NDArray[np.int32],
+        members: NDArray[np.bool_],
+        ends: list[int],
+        device: torch.device,
+    ) -> "Translation":
+        return cls(
+            vocab=VocabMap(to_teacher=to_teacher, to_student=to_student),
+            members=torch.from_numpy(members).to(device),
+            to_teacher=torch.from_numpy(to_teacher).long().to(device),
+            ends=torch.tensor(ends, dtype=torch.long, device=device),
+        )
+
+    @property
+    def known(self) -> int:
+        """How many of the teacher's tokens have a counterpart."""
+        return int((self.vocab.to_student >= 0).sum())
+
+    def merged(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+        """The log-probs with the end of a turn as one token."""
+        if not len(self.ends):
+            return log_probs
+        of_class = log_probs[:, self.ends].logsumexp(-1, keepdim=True)
+        return log_probs.index_fill(-1, self.ends, -torch.inf).index_copy(-1, self.ends[:1], of_class)
+
+    def top(
+        self, log_probs: Float[Tensor, "n v"], k: int
+    ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, " n"]]:
+        """The teacher's top K by the student's ids (-1: none), their log-probs (-inf: none), and the mass lost.
+
+        Args:
+            log_probs: As `merged` makes them.
+            k: How many; fewer than K come back where the student lacks some.
+        """
+        top = log_probs.masked_fill(~self.members, -torch.inf).topk(k, -1)
+        translated = project_topk(self.vocab, top.indices.cpu().numpy(), top.values.cpu().numpy())
+        ids, values, lost = (torch.from_numpy(array).to(log_probs.device) for array in translated)
+        return ids.long(), values, lost.to(values.dtype)
+
+    def look_up(
+        self, log_probs: Float[Tensor, "n v"], added: Int[Tensor, "n c"], top: Int[Tensor, "n k"]
+    ) -> Float[Tensor, "n c"]:
+        """Log-probs of further student ids; -inf for one that the teacher lacks, or that is there already.
+
+        Args:
+            log_probs: As `merged` makes them.
+            added: The ids.
+            top: Ids that are there.
+        """
+        theirs = self.to_teacher[added]
+        values = log_probs.gather(-1, theirs.clamp(min=0))
+        place = torch.arange(added.shape[1], device=added.device)
+        repeated = ((added.unsqueeze(-1) == added.unsqueeze(-2)) & (place < place.unsqueeze(-1))).any(-1)
+        there = (added.unsqueeze(-1) == top.unsqueeze(-2)).any(-1)
+        return values.masked_fill((theirs < 0) | there | repeated, -torch.inf)
