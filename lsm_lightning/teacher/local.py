@@ -96,6 +96,7 @@ class LocalTeacher(Teacher):
         reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.head.weight.shape[0])
         lengths = [len(prompt) + len(r) for prompt, r in zip(prompts, reading.responses, strict=True)]
         places = spans([len(turn.completion.ids) for turn in turns])
+        sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=added.device)
         parts: list[Support] = []
         order: list[Tensor] = []
         for group in group_by_length(lengths, self.batch_tokens):
@@ -104,7 +105,8 @@ class LocalTeacher(Teacher):
             )
             rows = torch.tensor([place for i in group for place in places[i]], dtype=torch.long, device=added.device)
             with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
-                parts.extend(self._answers(batch, *_merged(reading, group, self.model.device), added[rows]))
+                position = _position(reading, group).to(self.model.device)
+                parts.extend(self._answers(batch, position, sampled[rows], added[rows]))
             order.append(rows)
         support = _joined(parts).rows(torch.cat(order).argsort())
         if bool((support.log_probs.isnan().any() | support.sampled.isnan().any()).item()):
@@ -125,38 +127,36 @@ class LocalTeacher(Teacher):
         self,
         batch: TokenBatch,
         position: Int[Tensor, " n"],
-        alike: Bool[Tensor, " n"],
+        sampled: Int[Tensor, " n"],
         added: Int[Tensor, "n c"],
     ) -> Iterator[Support]:
         """Supports of consecutive student positions, a chunk of logits at a time."""
-        comparable = position >= 0
-        position = position.clamp(min=0)
         hidden, targets = hidden_states(self.model, batch), batch.targets
         if not len(targets):  # the teacher cannot spell anything of these texts
             hidden, targets = hidden.new_zeros(1, hidden.shape[1]), targets.new_zeros(1)
         rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
         for part in torch.arange(len(position), device=position.device).split(rows):
-            at = position[part]
-            yield self._answer(hidden[at], targets[at], comparable[part], alike[part], added[part])
+            at = position[part].clamp(min=0)
+            yield self._answer(hidden[at], targets[at], position[part] >= 0, sampled[part], added[part])
 
     def _answer(
         self,
         hidden: Float[Tensor, "n d"],
         target: Int[Tensor, " n"],
         comparable: Bool[Tensor, " n"],
-        alike: Bool[Tensor, " n"],
+        sampled: Int[Tensor, " n"],
         added: Int[Tensor, "n c"],
     ) -> Support:
         log_probs = self.head.all_logits(hidden).log_softmax(-1)
         turn_end = log_probs[:, self.turn_end].logsumexp(-1)
-        log_probs = self.translation.merged(log_probs)
-        ids, top, lost = self.translation.top(log_probs, self.tokens)
-        more = self.translation.look_up(log_probs, added, ids)
-        members = torch.cat((top, more), -1).masked_fill(~comparable.unsqueeze(-1), -torch.inf)
+        ids, members, lost = self.translation.translate(log_probs, self.tokens, added)
+        members = members.masked_fill(~comparable.unsqueeze(-1), -torch.inf)
+        alike = comparable & (self.translation.to_teacher[sampled] == target)
+        of_target = self.translation.merged(log_probs).gather(-1, target.unsqueeze(-1)).squeeze(-1)
         return Support(
-            ids=torch.cat((ids, added), -1).masked_fill(members == -torch.inf, 0),
+            ids=ids.masked_fill(members == -torch.inf, 0),
             log_probs=members,
-            sampled=log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1).masked_fill(~alike, -torch.inf),
+            sampled=of_target.masked_fill(~alike, -torch.inf),
             turn_end=turn_end,
             lost=lost,
             comparable=comparable,
@@ -177,16 +177,11 @@ class LocalTeacher(Teacher):
             ) from error
 
 
-def _merged(
-    reading: Reading, group: Sequence[int], device: torch.device
-) -> tuple[Int[Tensor, " n"], Bool[Tensor, " n"]]:
-    """`position` and `alike` of some turns end to end, positions counted over all of the group's responses."""
+def _position(reading: Reading, group: Sequence[int]) -> Int[Tensor, " n"]:
+    """`position` of some turns end to end, counted over all of the group's responses."""
     starts = [places.start for places in spans([len(reading.responses[i]) for i in group])]
-    position = [
-        torch.where(reading.position[i] < 0, -1, reading.position[i] + start)
-        for i, start in zip(group, starts, strict=True)
-    ]
-    return torch.cat(position).to(device), torch.cat([reading.alike[i] for i in group]).to(device)
+    parts = [(reading.position[i], start) for i, start in zip(group, starts, strict=True)]
+    return torch.cat([torch.where(position < 0, -1, position + start) for position, start in parts])
 
 
 def _joined(parts: list[Support]) -> Support:

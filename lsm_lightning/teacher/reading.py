@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from lsm_lightning.types import Turn
@@ -18,19 +18,15 @@ class Reading:
 
     responses: list[list[int]]
     """Per turn the teacher's ids."""
-    position: list[Int[Tensor, " m"]]
-    """Per turn, for each of the student's m tokens, the teacher's token that starts at the same place; -1 for none."""
-    alike: list[Bool[Tensor, " m"]]
-    """Per turn, whether that token is the student's own, spelled alike."""
+    position: list[Int[Tensor, " _"]]
+    """Per turn, for each of the student's tokens, the teacher's token that starts at the same place; -1 for none."""
 
 
 def as_it_stands(turns: Sequence[Turn], rows: int) -> Reading:
     """The student's ids themselves; one beyond the teacher's output matrix of so many rows is read as 0."""
-    lengths = [len(turn.completion.ids) for turn in turns]
     return Reading(
         responses=[[i if i < rows else 0 for i in turn.completion.ids] for turn in turns],
-        position=[torch.arange(length) for length in lengths],
-        alike=[torch.ones(length, dtype=torch.bool) for length in lengths],
+        position=[torch.arange(len(turn.completion.ids)) for turn in turns],
     )
 
 
@@ -41,13 +37,10 @@ def respelled(turns: Sequence[Turn], pair: Pair) -> Reading:
     response = np.arange(ids.shape[1]) < np.array(lengths)[:, None]
     ids[response] = [i for turn in turns for i in turn.completion.ids]
     spelled = pair.to_teacher(ids, response)
-    position, alike = [], []
+    position = []
     for length, alignment in zip(lengths, spelled.alignments, strict=True):
         starts = np.full(length, -1)
-        one_to_one = np.zeros(length, bool)
         ours, theirs = alignment.starts()
         starts[ours] = theirs
-        one_to_one[ours] = (alignment.chunks[alignment.student_chunk[ours]] == 1).all(axis=1)
         position.append(torch.from_numpy(starts))
-        alike.append(torch.from_numpy(one_to_one))
-    return Reading(responses=[row.tolist() for row in spelled.ids], position=position, alike=alike)
+    return Reading(responses=[row.tolist() for row in spelled.ids], position=position)

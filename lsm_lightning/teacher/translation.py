@@ -23,6 +23,8 @@ class Translation:
     """Teacher id of each student id, -1 for none."""
     ends: Int[Tensor, " e"]
     """End-of-turn tokens scored as one class: the first holds the probability of all. Empty: each on its own."""
+    rivals: Int[Tensor, " r"]
+    """Student ids that look like the teacher's end of a turn and do not end the student's."""
 
     @classmethod
     def of_ids(cls, pair: Pair, vocabulary: int, rows: int, name: str, device: torch.device) -> "Translation":
@@ -49,7 +51,7 @@ class Translation:
         to_student = np.full(rows, -1, np.int32)
         shared = np.flatnonzero(same[: min(rows, vocabulary)])
         to_student[shared] = shared
-        return cls._made(to_student, np.where(same, to_teacher, -1), to_student >= 0, [], device)
+        return cls._made(to_student, np.where(same, to_teacher, -1), to_student >= 0, device)
 
     @classmethod
     def of_meaning(cls, pair: Pair, vocabulary: int, rows: int, name: str, device: torch.device) -> "Translation":
@@ -63,18 +65,20 @@ class Translation:
         student, teacher = pair.conventions
         to_teacher, to_student = pair.vocab.to_teacher.copy(), pair.vocab.to_student[:rows].copy()
         members = pair.teacher.lengths[:rows] > 0
-        ends: list[int] = []
+        ends, rivals = np.zeros(0, np.int64), np.zeros(0, np.int64)
         if student.own_turn_end is not None and teacher.own_turn_end is not None:
             # Whatever ends the student's turn is the teacher's end of a turn, and that is the student's own.
             to_student[np.isin(to_student, [*student.turn_end])] = -1
-            ends = [teacher.own_turn_end, *sorted(teacher.turn_end - {teacher.own_turn_end})]
+            ends = np.array([teacher.own_turn_end, *sorted(teacher.turn_end - {teacher.own_turn_end})])
+            rivals = np.setdiff1d(np.flatnonzero(np.isin(to_teacher, ends)), [*student.turn_end])
+            to_teacher[rivals] = -1
+            to_teacher[[*student.turn_end]] = teacher.own_turn_end
             to_student[ends] = -1
             to_student[teacher.own_turn_end] = student.own_turn_end
-            to_teacher[[*student.turn_end]] = teacher.own_turn_end
             members[ends[1:]] = False
         to_student[to_student >= vocabulary] = -1
         to_teacher[to_teacher >= rows] = -1
-        made = cls._made(to_student, to_teacher, members, ends, device)
+        made = cls._made(to_student, to_teacher, members, device, ends, rivals[rivals < vocabulary])
         if made.known < 2:
             raise ConfigurationError(
                 f"The student and the teacher '{name}' share {made.known} tokens, too few to compare them over: see "
@@ -88,20 +92,46 @@ class Translation:
         to_student: NDArray[np.int32],
         to_teacher: NDArray[np.int32],
         members: NDArray[np.bool_],
-        ends: list[int],
         device: torch.device,
+        ends: NDArray[np.int64] = np.zeros(0, np.int64),
+        rivals: NDArray[np.int64] = np.zeros(0, np.int64),
     ) -> "Translation":
         return cls(
             vocab=VocabMap(to_teacher=to_teacher, to_student=to_student),
             members=torch.from_numpy(members).to(device),
             to_teacher=torch.from_numpy(to_teacher).long().to(device),
-            ends=torch.tensor(ends, dtype=torch.long, device=device),
+            ends=torch.from_numpy(ends).to(device),
+            rivals=torch.from_numpy(rivals).to(device),
         )
 
     @property
     def known(self) -> int:
         """How many of the teacher's tokens have a counterpart."""
         return int((self.vocab.to_student >= 0).sum())
+
+    def translate(
+        self, log_probs: Float[Tensor, "n v"], k: int, added: Int[Tensor, "n c"]
+    ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, " n"]]:
+        """The members of a support by the student's ids, their log-probs (-inf: no member), and the mass lost.
+
+        Rivals are members, no more probable than the least probable of the others. Without them a student could take
+        to the teacher's way of ending a turn unseen: the teacher means an end, and the id is in no other support.
+
+        Args:
+            log_probs: The teacher's, over its whole vocabulary.
+            k: How many of its top tokens; fewer come back where the student lacks some.
+            added: Further student ids.
+        """
+        log_probs = self.merged(log_probs)
+        top, values, lost = self._top(log_probs, k)
+        more = self._look_up(log_probs, added, top)
+        ids, members = torch.cat((top, added), -1), torch.cat((values, more), -1)
+        if len(self.rivals):
+            least = members.masked_fill(members == -torch.inf, torch.inf).amin(-1, keepdim=True)
+            least = least.masked_fill(least == torch.inf, -torch.inf).expand(-1, len(self.rivals))
+            ids = torch.cat((ids, self.rivals.expand(len(ids), -1)), -1)
+            members = torch.cat((members, least), -1)
+        return ids, members, lost
 
     def merged(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
         """The log-probs with the end of a turn as one token."""
@@ -110,30 +140,18 @@ class Translation:
         of_class = log_probs[:, self.ends].logsumexp(-1, keepdim=True)
         return log_probs.index_fill(-1, self.ends, -torch.inf).index_copy(-1, self.ends[:1], of_class)
 
-    def top(
+    def _top(
         self, log_probs: Float[Tensor, "n v"], k: int
     ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, " n"]]:
-        """The teacher's top K by the student's ids (-1: none), their log-probs (-inf: none), and the mass lost.
-
-        Args:
-            log_probs: As `merged` makes them.
-            k: How many; fewer than K come back where the student lacks some.
-        """
         top = log_probs.masked_fill(~self.members, -torch.inf).topk(k, -1)
         translated = project_topk(self.vocab, top.indices.cpu().numpy(), top.values.cpu().numpy())
         ids, values, lost = (torch.from_numpy(array).to(log_probs.device) for array in translated)
         return ids.long(), values, lost.to(values.dtype)
 
-    def look_up(
+    def _look_up(
         self, log_probs: Float[Tensor, "n v"], added: Int[Tensor, "n c"], top: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n c"]:
-        """Log-probs of further student ids; -inf for one that the teacher lacks, or that is there already.
-
-        Args:
-            log_probs: As `merged` makes them.
-            added: The ids.
-            top: Ids that are there.
-        """
+        """-inf for an id that the teacher lacks, or that is there already."""
         theirs = self.to_teacher[added]
         values = log_probs.gather(-1, theirs.clamp(min=0))
         place = torch.arange(added.shape[1], device=added.device)
