@@ -126,7 +126,7 @@ class Translation:
         top, values, lost = self._top(log_probs, k)
         more = self._look_up(log_probs, added, top)
         ids, members = torch.cat((top, added), -1), torch.cat((values, more), -1)
-        if len(self.rivals):
+        if len(self.rivals) and ids.shape[1]:
             least = members.masked_fill(members == -torch.inf, torch.inf).amin(-1, keepdim=True)
             least = least.masked_fill(least == torch.inf, -torch.inf).expand(-1, len(self.rivals))
             ids = torch.cat((ids, self.rivals.expand(len(ids), -1)), -1)
