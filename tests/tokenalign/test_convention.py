@@ -5,7 +5,6 @@ from tokenizer_kit import CHAT, IM_END, SPECIAL, Wrapped, train, with_tokens
 from tokenizers import Tokenizer, models, processors
 
 from tokenalign import Convention, Pair
-from tokenalign.template import render
 
 QWEN_LIKE = (
     "{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
@@ -123,40 +122,6 @@ def test_what_cannot_be_read_is_named(tmp_path, tokenizer):
 def test_other_kinds_are_refused_rather_than_read_wrongly(model):
     with pytest.raises(ValueError, match="not supported yet"):
         Pair(Tokenizer(model), Tokenizer(model))
-
-
-MESSAGES = [{"role": "user", "content": "hi <é>"}]
-
-
-def test_rendering_is_that_of_hugging_face():
-    template = (
-        "{%- for m in messages %}\n    {% if m.role == 'x' %}{% continue %}{% endif %}\n"
-        "{% generation %}{{ m | tojson }}{% endgeneration %}{{ strftime_now('%Y') | length }}"
-        "{{ m.content ~ loop.index }}{% break %}{% endfor %}{{ tools is none }}"
-    )
-    assert render(template, MESSAGES) == '{"role": "user", "content": "hi <é>"}4hi <é>1True'
-
-
-@pytest.mark.parametrize(
-    "template",
-    [
-        "{{ messages[0].__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
-        "{% set a = range(2000) | list %}{% for i in a %}{% for j in a %}{% endfor %}{% endfor %}",
-        "{% macro f() %}{{ f() }}{{ f() }}{% endmacro %}{{ f() }}",
-        "{{ 'a' * 10**9 }}",
-        "{{ 9 ** 10000000 }}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x + n.x %}{% endfor %}",
-        "{% for i in range(2000) %}{{ 'x' * 1000 }}{% endfor %}",
-        "{{ raise_exception('no') }}",
-        "{{ 1 / 0 }}",
-    ],
-)
-def test_template_cannot_escape_or_run_without_end(template):
-    with pytest.raises(ValueError, match="cannot be rendered"):
-        render(template, MESSAGES)
 
 
 def test_added_token_that_is_not_special_is_no_control_token(tokenizer):
