@@ -70,23 +70,27 @@ class Pair:
     def align(self, student_ids: ArrayLike, teacher_ids: ArrayLike) -> Alignment:
         """Chunks of one text that both sides tokenized.
 
-        End-of-turn tokens of the two sides count as equal text, bos and padding as none. Where the texts differ
-        otherwise, `ok` is False and the difference lies in one chunk.
+        End-of-turn tokens of the two sides count as equal text; bos, padding and ids without a token are no text, so
+        they lie in no chunk. Where the texts differ otherwise, `ok` is False and the difference lies in one chunk.
 
         Args:
-            student_ids: `[m]`
+            student_ids: `[m]`, a list, an array of any integer type, or an object with `__array__`.
             teacher_ids: `[n]`
 
         Raises:
-            ValueError: An id is negative or beyond its tokenizer, or an argument has not one axis.
+            ValueError: An id is no integer, negative or beyond its tokenizer, or an argument has not one axis.
         """
-        ours, theirs = checked_ids(student_ids, self.student, axes=1), checked_ids(teacher_ids, self.teacher, axes=1)
+        ours = checked_ids(student_ids, self.student, axes=(1,))
+        theirs = checked_ids(teacher_ids, self.teacher, axes=(1,))
         tables = self._neutral
         student, teacher = tables[0].text(ours), tables[1].text(theirs)
-        ends = tables[0].ends(ours), tables[1].ends(theirs)
+        ends: tuple[Ints, Ints] = tables[0].ends(ours), tables[1].ends(theirs)
         if student != teacher:
             ends = comparable_ends(student, teacher, *ends)
-        return alignment(*align_ends(*ends), ok=student == teacher)
+        student_chunk, teacher_chunk = align_ends(*ends)
+        student_chunk[(tables[0].lengths[ours] == 0) | (not teacher)] = -1
+        teacher_chunk[(tables[1].lengths[theirs] == 0) | (not student)] = -1
+        return alignment(student_chunk, teacher_chunk, ok=student == teacher)
 
     @cached_property
     def _neutral(self) -> tuple[ByteTable, ByteTable]:
@@ -99,11 +103,12 @@ class Pair:
         Every run of unmasked tokens is read as the middle of a text, on its own: neither padding nor prompt has a say.
 
         Args:
-            ids: `[B, T]` student tokens, padded on either side.
-            response_mask: `[B, T]` True where the student wrote; everything else is PROMPT.
+            ids: `[B, T]` student tokens, padded on either side, or one row `[T]`; the result has the same shape. A
+                list, an array of any integer type, or an object with `__array__`.
+            response_mask: In the shape of the ids, True where the student wrote; everything else is PROMPT.
 
         Raises:
-            ValueError: An id is negative or beyond the tokenizer, or the mask has another shape.
+            ValueError: An id is no integer, negative or beyond the tokenizer, or the mask has another shape.
         """
         ids, outside = self._outside(ids, response_mask)
         segments = self._respelling.look_up(ids, outside == 0)
@@ -119,7 +124,7 @@ class Pair:
         """The teacher's own spelling of each row's text, aligned with the student's tokens.
 
         A turn that the student ended is ended as the teacher ends turns; no bos is added. Arguments and errors as
-        `flags`.
+        `flags`; one row gives lists with one entry.
         """
         ids, outside = self._outside(ids, response_mask)
         return self._respelling.look_up(ids, outside == 0).teacher_text(ids.shape)
@@ -165,8 +170,8 @@ class Pair:
         return _member(self.student, (id for id in pads if id is not None and id >= 0))
 
     def _outside(self, ids: ArrayLike, response_mask: ArrayLike | None) -> tuple[Ints, NDArray[np.uint16]]:
-        """The checked ids and where they are PAD or PROMPT, both `[B, T]`."""
-        ids = checked_ids(ids, self.student, axes=2)
+        """The checked ids and where they are PAD or PROMPT, both in the shape given."""
+        ids = checked_ids(ids, self.student)
         mask = np.ones(ids.shape, bool) if response_mask is None else checked_mask(response_mask, ids.shape)
         pad = padding(self._pads[ids], self._ends[ids])
         return ids, np.where(mask, 0, Flag.PROMPT).astype(np.uint16) | np.where(pad, Flag.PAD, 0).astype(np.uint16)

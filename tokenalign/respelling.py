@@ -1,5 +1,6 @@
 """Student tokens against the teacher's own spelling of the same text."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
@@ -42,13 +43,13 @@ class Segments:
         return self.memory.known.bits[self.memory.student_places(self.slots)]
 
     def teacher_text(self, shape: tuple[int, ...]) -> TeacherText:
-        """The teacher's spelling of a batch of shape `[B, T]`."""
+        """The teacher's spelling of a batch of shape `[B, T]`, or of one row `[T]`."""
         known, slots = self.memory.known, self.slots
         student, teacher = self.memory.student_places(slots), self.memory.teacher_places(slots)
         teacher_counts, chunk_counts = known.teacher_count[slots], known.chunk_count[slots]
         # The first segment, chunk and teacher token of each row, and the end of the last row.
-        rows = self.places[np.cumsum(self.counts) - self.counts] // shape[1]
-        first = np.searchsorted(rows, np.arange(shape[0] + 1))
+        rows = self.places[np.cumsum(self.counts) - self.counts] // max(1, shape[-1])
+        first = np.searchsorted(rows, np.arange(1 + math.prod(shape[:-1])))
         first_chunk, first_token = (np.append(0, np.cumsum(c))[first] for c in (chunk_counts, teacher_counts))
         before = np.cumsum(chunk_counts) - chunk_counts - first_chunk[rows]
         chunk = known.student_chunk[student]
@@ -58,7 +59,7 @@ class Segments:
         teacher_ids = known.teacher_ids[teacher]
         teacher_chunk = known.teacher_chunk[teacher] + np.repeat(before, teacher_counts)
         of_row = [slice(*bounds) for bounds in pairwise(first_token.tolist())]
-        rows_of = zip(student_chunk, of_row, same, strict=True)
+        rows_of = zip(np.atleast_2d(student_chunk), of_row, np.atleast_2d(same), strict=True)
         return TeacherText(
             ids=[teacher_ids[row] for row in of_row],
             alignments=[alignment(ours, teacher_chunk[row], ok=bool(ok.all())) for ours, row, ok in rows_of],
@@ -105,9 +106,9 @@ class Respelling:
         """Flat positions `[M]` of the live tokens of `ids[B, T]`, and the token counts `[S]` of their segments."""
         control = self._is_control[ids]
         start = np.ones(ids.shape, bool)
-        start[:, 1:] = ~live[:, :-1] | control[:, 1:] | control[:, :-1]
+        start[..., 1:] = ~live[..., :-1] | control[..., 1:] | control[..., :-1]
         if self.cuts_at_blanks:
-            start[:, 1:] |= self._student.ends_word[ids[:, :-1]] & self._student.starts_blank[ids[:, 1:]]
+            start[..., 1:] |= self._student.ends_word[ids[..., :-1]] & self._student.starts_blank[ids[..., 1:]]
         places = np.flatnonzero(live)
         starts = np.flatnonzero(start.ravel()[places])
         return places, np.diff(starts, append=len(places))

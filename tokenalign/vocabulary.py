@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.chunks import ranges
+from tokenalign.chunks import Ints, ranges
 from tokenalign.source import Source
 
 Spec = dict[str, Any]
@@ -40,11 +40,11 @@ class ByteTable:
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._blob = np.frombuffer(b"".join(pieces), np.uint8)
 
-    def ends(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def ends(self, ids: Ints) -> NDArray[np.int64]:
         """Byte ends `[N]` of a sequence of ids `[N]`."""
         return np.cumsum(self.lengths[ids])
 
-    def text(self, ids: NDArray[np.int64]) -> bytes:
+    def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
         return self._blob[ranges(self._starts[ids], self.lengths[ids])].tobytes()
 
@@ -101,7 +101,7 @@ class Vocabulary:
         """`[V]` bytes per id."""
         return self.table.lengths
 
-    def text(self, ids: NDArray[np.int64]) -> bytes:
+    def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
         return self.table.text(ids)
 
