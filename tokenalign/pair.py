@@ -1,6 +1,7 @@
 """A pair of tokenizers and every question one can ask about it."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -9,16 +10,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from tokenalign.arguments import checked_ids, checked_mask, padding
 from tokenalign.chunks import Alignment, Ints, align_ends, alignment, comparable_ends
-from tokenalign.convention import Convention, detect
+from tokenalign.convention import Convention, all_tags, detect
 from tokenalign.flags import Flag, TokenFlags
 from tokenalign.relation import Relation, VocabMap, collisions, relation
 from tokenalign.report import Report, make_report
 from tokenalign.respelling import Respelling, TeacherText
 from tokenalign.source import load
+from tokenalign.speller import Speller
+from tokenalign.tags import checked_tags, holding
 from tokenalign.vocabulary import ByteTable, Vocabulary, vocabulary_of
 
-THINK_TAGS = ("<think>", "</think>")
-"""Tags even where no template names them."""
 END = b"\xff"
 """Stands for any end of turn; no text contains this byte."""
 
@@ -30,27 +31,52 @@ class Pair:
         student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object that has one as its
             `.backend_tokenizer`.
         teacher: Likewise.
+        tags: Tags besides the usual ones and those that the chat templates show, see `Pair.tags`.
         student_size: Ids of the student's output where the model is padded beyond its tokenizer; such ids are UNMAPPED.
         teacher_size: Likewise.
 
     Raises:
         FileNotFoundError: A path does not exist or holds no tokenizer.json.
-        ValueError: A tokenizer is of an unsupported kind, or a size is smaller than its tokenizer.
+        ValueError: A tokenizer is of an unsupported kind, a size is smaller than its tokenizer, or a tag is no text.
     """
 
+    tags: tuple[str, ...]
+    """What TAG flags mark, in any segmentation: `<think>`, `<tool_call>`, `<action>` and what closes them, the tags
+    around reasoning and tool calls in either chat template, and those that the caller named."""
+
     def __init__(
-        self, student: Any, teacher: Any, *, student_size: int | None = None, teacher_size: int | None = None
+        self,
+        student: Any,
+        teacher: Any,
+        *,
+        tags: Sequence[str] = (),
+        student_size: int | None = None,
+        teacher_size: int | None = None,
     ) -> None:
+        named = checked_tags(tags)
         sources = load(student), load(teacher)
         self.names = sources[0].name, sources[1].name
         self.student = vocabulary_of(sources[0], student_size)
         self.teacher = vocabulary_of(sources[1], teacher_size)
-        self.conventions: tuple[Convention, Convention] = (
+        self._conventions: tuple[Convention, Convention] = (
             detect(sources[0], self.student, sources[0].chat_template),
             detect(sources[1], self.teacher, sources[1].chat_template),
         )
-        found = (tag for convention in self.conventions for tag in convention.reasoning_tags)
-        self.tags: tuple[str, ...] = tuple(dict.fromkeys([*THINK_TAGS, *found]))
+        self.tags = all_tags(*self._conventions, named=named)
+
+    @cached_property
+    def spellers(self) -> tuple[Speller, Speller]:
+        """The two tokenizers as they spell bytes in the middle of a text, student's and teacher's."""
+        return Speller(self.student, self.tags), Speller(self.teacher, self.tags)
+
+    @cached_property
+    def conventions(self) -> tuple[Convention, Convention]:
+        """How the student's side and the teacher's open and end turns, and how each holds the tags."""
+        ours, theirs = (
+            replace(convention, tags=holding(speller, self.tags))
+            for convention, speller in zip(self._conventions, self.spellers, strict=True)
+        )
+        return ours, theirs
 
     @cached_property
     def vocab(self) -> VocabMap:
@@ -95,7 +121,7 @@ class Pair:
     @cached_property
     def _neutral(self) -> tuple[ByteTable, ByteTable]:
         """Bytes per id of both sides, without their ways of opening, ending and padding a text."""
-        return _neutral(self.student, self.conventions[0]), _neutral(self.teacher, self.conventions[1])
+        return _neutral(self.student, self._conventions[0]), _neutral(self.teacher, self._conventions[1])
 
     def flags(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TokenFlags:
         """Why each position of a batch may be about spelling rather than text.
@@ -142,7 +168,7 @@ class Pair:
 
     def _controls(self, to_teacher: NDArray[np.int32]) -> dict[int, int | None]:
         """Student ids that stand for no text, and the teacher's token for each, None where it has none."""
-        student, teacher = self.conventions
+        student, teacher = self._conventions
         silent = np.flatnonzero(self.student.special | (self.student.lengths == 0)).tolist()
         tags = {tag.encode() for tag in self.tags}
         ids = {id for id in silent if self.student.pieces[id] not in tags} | student.turn_end
@@ -160,12 +186,12 @@ class Pair:
 
     @cached_property
     def _ends(self) -> NDArray[np.bool_]:
-        return _member(self.student, self.conventions[0].turn_end)
+        return _member(self.student, self._conventions[0].turn_end)
 
     @cached_property
     def _pads(self) -> NDArray[np.bool_]:
         """Padding by the student's token, or by the teacher's where the student has it too."""
-        own, teacher = self.conventions[0].pad, self.conventions[1].pad
+        own, teacher = self._conventions[0].pad, self._conventions[1].pad
         pads = [own, None if teacher is None else int(self.vocab.to_student[teacher])]
         return _member(self.student, (id for id in pads if id is not None and id >= 0))
 

@@ -108,7 +108,7 @@ def _short(text: str, width: int = 48) -> str:
 def make_report(pair: "Pair") -> Report:
     """Look at everything that can go wrong between the two."""
     student, teacher = pair.student, pair.teacher
-    ours, theirs = Speller(student, pair.tags), Speller(teacher, pair.tags)
+    ours, theirs = pair.spellers
     end_flags = pair.flags(np.array([sorted(pair.conventions[0].turn_end)], np.int64))
     sample = pair.flags([ours.spell([SAMPLE.encode()])[0]])
     mapped = pair.vocab.to_teacher[student.lengths > 0]

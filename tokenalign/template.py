@@ -149,7 +149,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.budget.weigh(size_of(left), size_of(right, counts=repeats))
         return self.take(super().call_binop(context, operator, left, right))
 
-    def _weighed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _weighed(self, name: str, function: Any) -> Callable[..., Any]:
         skip = hasattr(function, "jinja_pass_arg")
 
         @wraps(function)

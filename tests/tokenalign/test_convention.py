@@ -5,6 +5,7 @@ from tokenizer_kit import CHAT, IM_END, SPECIAL, Wrapped, train, with_tokens
 from tokenizers import Tokenizer, models, processors
 
 from tokenalign import Convention, Pair
+from tokenalign.tags import TAGS
 
 QWEN_LIKE = (
     "{%- if messages[0]['role'] == 'system' %}{{ '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
@@ -58,7 +59,7 @@ def test_tags_around_reasoning_are_read_from_the_rendering(tokenizer):
     )
     assert Convention.detect(tokenizer, template).reasoning_tags == ("[PLAN]", "[/PLAN]")
     wrapped = Wrapped(tokenizer, template)
-    assert Pair(wrapped, wrapped).tags == ("<think>", "</think>", "[PLAN]", "[/PLAN]")
+    assert Pair(wrapped, wrapped, tags=["<note>"]).tags == (*TAGS, "[PLAN]", "[/PLAN]", "<note>")
 
 
 def test_template_that_wants_contents_in_parts(tokenizer):
