@@ -186,13 +186,13 @@ def _user_header(renderer: Renderer, question: str, answered: str, turns: str, o
     first = question.partition(USER)[0].removeprefix(opening)
     if not between:
         return first
-    # What ends the answer goes first: as it ends the last one, or else up to what opens the first turn.
+    # What ends the answer goes first: up to what opens the first turn, or else as it ends the last one.
+    opens = next(iter(renderer.controls(first)), "")
+    if opens and opens in between:
+        return between[between.index(opens) :]
     end = answered.partition(ASSISTANT)[2]
     if end and between.startswith(end) and between != end:
         return between.removeprefix(end)
-    opens = next(iter(renderer.controls(first)), "")
-    if opens and opens in between:
-        return between[between.rindex(opens) :]
     return between.removeprefix(renderer.tail(between))
 
 
