@@ -301,23 +301,6 @@ def test_empty_batches(pair):
     assert pair.align([], []).chunks.tolist() == []
 
 
-def test_report_fits_a_screen_and_ends_with_what_to_do(pair):
-    lines = str(pair.report()).splitlines()
-    assert len(lines) <= 24
-    assert "'<think>', '</think>', the end of a turn" in lines[-1]
-    assert 'policy "tags"' in lines[-1]
-    assert pair.report().to_dict()["policy"] == "tags"
-    json.dumps(pair.report().to_dict())
-
-
-def test_report_of_one_tokenizer_finds_nothing(base):
-    assert "spell alike" in str(ta.Pair(base, base).report())
-
-
-def test_report_of_strangers_asks_for_the_teachers_spelling(base):
-    assert "to_teacher" in ta.Pair(base, train_metaspace()).report().advice
-
-
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
