@@ -14,7 +14,7 @@ from tokenalign.convention import Convention, all_tags, detect
 from tokenalign.flags import Flag, TokenFlags
 from tokenalign.relation import Relation, VocabMap, collisions, relation
 from tokenalign.report import Report, make_report
-from tokenalign.respelling import Respelling, TeacherText
+from tokenalign.respelling import Respelling, TeacherText, teacher_text
 from tokenalign.source import load
 from tokenalign.speller import Speller
 from tokenalign.tags import checked_tags, holding
@@ -137,13 +137,10 @@ class Pair:
             ValueError: An id is no integer, negative or beyond the tokenizer, or the mask has another shape.
         """
         ids, outside = self._outside(ids, response_mask)
-        segments = self._respelling.look_up(ids, outside == 0)
-        bits = (
-            outside
-            | self._id_bits[ids]
-            | np.where((outside == 0) & self._ends[ids], Flag.EOS_CLASS, 0).astype(np.uint16)
-        )
-        bits.flat[segments.places] |= segments.bits()
+        live = outside == 0
+        bits = outside | self._id_bits[ids] | np.where(live & self._ends[ids], Flag.EOS_CLASS, 0).astype(np.uint16)
+        for segments in self._respelling.look_up(ids, live):
+            bits.flat[segments.places] |= segments.bits
         return TokenFlags(ids=ids, bits=bits)
 
     def to_teacher(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TeacherText:
@@ -153,7 +150,7 @@ class Pair:
         `flags`; one row gives lists with one entry.
         """
         ids, outside = self._outside(ids, response_mask)
-        return self._respelling.look_up(ids, outside == 0).teacher_text(ids.shape)
+        return teacher_text(ids.shape, self._respelling.look_up(ids, outside == 0))
 
     def report(self) -> Report:
         """What a user must know about the two before training."""

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from tokenalign.chunks import Ints, ranges
 from tokenalign.source import Source
+from tokenalign.splitting import Splitting, of_tokenizer_json
 
 Spec = dict[str, Any]
 
@@ -104,6 +105,15 @@ class Vocabulary:
     def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
         return self.table.text(ids)
+
+    @cached_property
+    def splitting(self) -> Splitting | None:
+        """How the tokenizer splits a text, None where that may depend on more than neighbours."""
+        strips = ("lstrip", "rstrip", "single_word")
+        if any(entry.get(key) and not entry["special"] for entry in self.added.values() for key in strips):
+            return None
+        normalizers, pre_tokenizers = [*parts(self.spec["normalizer"])], [*parts(self.spec["pre_tokenizer"])]
+        return of_tokenizer_json(self.spec["model"], normalizers, pre_tokenizers)
 
     @cached_property
     def ends_word(self) -> NDArray[np.bool_]:
