@@ -8,6 +8,7 @@ from tokenalign.queries import canonical, tag_spans
 from tokenalign.relation import Relation, VocabMap
 from tokenalign.report import Report
 from tokenalign.respelling import TeacherText
+from tokenalign.supports import merge_class, project_topk
 
 __all__ = [
     "Alignment",
@@ -21,5 +22,7 @@ __all__ = [
     "TokenFlags",
     "VocabMap",
     "canonical",
+    "merge_class",
+    "project_topk",
     "tag_spans",
 ]

@@ -5,11 +5,13 @@ where *both* sides have a token end lies a chunk of m student tokens against n t
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-Ints = NDArray[np.int64]
+Ints = NDArray[np.integer[Any]]
+"""int32 where the values fit, else int64."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -21,13 +23,60 @@ class Alignment:
     """
 
     student_chunk: NDArray[np.int32]
-    """`[m]` chunk of each student token, -1 for a token outside the text (padding, prompt)."""
+    """`[m]` chunk of each student token, -1 for a token outside the text (bos, padding, prompt)."""
     teacher_chunk: NDArray[np.int32]
     """`[n]` chunk of each teacher token."""
     chunks: NDArray[np.int32]
     """`[C, 2]` tokens per chunk: student, teacher; both at least 1."""
     ok: bool
     """True where both sides are byte for byte the same text (end-of-turn tokens count as equal)."""
+
+    @property
+    def starts(self) -> NDArray[np.int32]:
+        """`[C, 2]` positions of each chunk's first student token and first teacher token.
+
+        Here both models predict what follows the same text, so their next-token distributions can be compared (each in
+        its own vocabulary, see `project_topk`). Logits that predict the token at position p stand at p - 1.
+
+        >>> two = alignment(np.array([-1, 0, 0, 1]), np.array([0, 1]), ok=True)  # bos "a" "b" "c" against "ab" "c"
+        >>> two.starts.tolist()
+        [[1, 0], [3, 1]]
+        """
+        # Chunks ascend, but for the -1 of tokens outside the text.
+        sides = (np.maximum.accumulate(side) for side in (self.student_chunk, self.teacher_chunk))
+        firsts = [np.searchsorted(side, np.arange(len(self.chunks))) for side in sides]
+        return np.stack(firsts, axis=1).astype(np.int32)
+
+    def log_ratios(self, student_logp: ArrayLike, teacher_logp: ArrayLike) -> NDArray[np.float64]:
+        r"""`[C]` log-ratio of each chunk, in nats: what its text is worth to the teacher less what to the student.
+
+        $r_c = \sum_{j \in c} \log q(t_j) - \sum_{i \in c} \log \pi(s_i)$ over the chunk's teacher tokens t and student
+        tokens s. The ratios telescope: their sum is $\log q(text) - \log \pi(text)$ over all tokens that are in a
+        chunk. Where every chunk is 1:1, $r$ is the sampled-token reward that arXiv 2603.25562 compares with. A token in
+        no chunk (-1) has no say, whatever its log-probability.
+
+        Args:
+            student_logp: `[m]` log-probability of each student token, given those before it.
+            teacher_logp: `[n]` likewise for the teacher.
+
+        Raises:
+            ValueError: There is not one number per token.
+
+        >>> two = alignment(np.array([0, 0, 1]), np.array([0, 1]), ok=True)
+        >>> two.log_ratios([-1.0, -2.0, -0.5], [-2.5, -1.0]).tolist()
+        [0.5, -0.5]
+        """
+        return self._summed(teacher_logp, self.teacher_chunk, "teacher") - self._summed(
+            student_logp, self.student_chunk, "student"
+        )
+
+    def _summed(self, logp: ArrayLike, chunk: NDArray[np.int32], side: str) -> NDArray[np.float64]:
+        values = np.asarray(logp, np.float64)
+        if values.shape != chunk.shape:
+            raise ValueError(f"{side}_logp has shape {values.shape}, expected one number per token: {chunk.shape}.")
+        inside = chunk >= 0
+        # Of no token at all, numpy counts in integers.
+        return np.bincount(chunk[inside], weights=values[inside], minlength=len(self.chunks)).astype(np.float64)
 
 
 def align_ends(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:

@@ -67,6 +67,7 @@ def compare(
     chunk_count = np.diff(np.append(0, teacher_chunk + 1)[np.cumsum(teacher.counts)], prepend=0)
     before = np.cumsum(chunk_count) - chunk_count
     return Analysis(
+        ids=student.ids,
         student_count=student.counts,
         teacher_count=teacher.counts,
         chunk_count=chunk_count,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,15 +40,15 @@ OUTSIDE = Flag.PAD | Flag.PROMPT
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenFlags:
-    """Reasons per position of a batch of student tokens."""
+    """Reasons per position of a batch of student tokens, `[B, T]`, or of one row, `[T]`."""
 
-    ids: NDArray[np.int64]
-    """`[B, T]` the student's tokens."""
+    ids: NDArray[np.integer[Any]]
+    """`[B, T]` or `[T]` the student's tokens."""
     bits: NDArray[np.uint16]
-    """`[B, T]` a sum of `Flag`s; 0 is an ordinary token that the teacher spells alike."""
+    """`[B, T]` or `[T]` a sum of `Flag`s; 0 is an ordinary token that the teacher spells alike."""
 
     def has(self, flag: Flag) -> NDArray[np.bool_]:
-        """`[B, T]` True where at least one of the flag's bits is set."""
+        """True where at least one of the flag's bits is set."""
         return (self.bits & np.uint16(flag)) != 0
 
     def count(self) -> dict[str, int]:
@@ -62,7 +62,7 @@ class TokenFlags:
         return {str(flag.name): int(self.has(flag).sum()) for flag in Flag}
 
     def keep(self, policy: Policy, end_class: bool = False) -> NDArray[np.bool_]:
-        """`[B, T]` True where the loss may look. No policy keeps padding or prompt.
+        """True where the loss may look, in the shape of `bits`. No policy keeps padding or prompt.
 
         Args:
             policy: `paper` drops the first occurrence in each row of each piece of a tag that the teacher spells
@@ -99,11 +99,11 @@ class TokenFlags:
         return _first_in_row(np.where(end, -1, self.ids), (tag | end) & inside)
 
 
-def _first_in_row(keys: NDArray[np.int64], where: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """`[B, T]` True at the first position of each key in its row, among the positions `where`."""
-    rows, columns = np.nonzero(where)
-    pairs = np.stack([rows, keys[rows, columns]])
-    _, first = np.unique(pairs, axis=1, return_index=True)
+def _first_in_row(keys: NDArray[np.integer[Any]], where: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """`[..., T]` True at the first position of each key, -1 or more, in its row, among the positions `where`."""
+    places = np.flatnonzero(where)
+    found = keys.ravel()[places].astype(np.int64) + 1
+    row_and_key = places // max(1, where.shape[-1]) * (1 + found.max(initial=0)) + found
     result = np.zeros_like(where)
-    result[rows[first], columns[first]] = True
+    result.flat[places[np.unique(row_and_key, return_index=True)[1]]] = True
     return result

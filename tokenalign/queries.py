@@ -1,12 +1,14 @@
 """Questions about one tokenizer."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenalign.arguments import checked_ids
+from tokenalign.chunks import Ints
 from tokenalign.comparison import find
 from tokenalign.flags import Flag
 from tokenalign.pair import Pair
@@ -15,11 +17,11 @@ from tokenalign.vocabulary import vocabulary_of
 
 
 def canonical(tokenizer: Any, ids: ArrayLike) -> NDArray[np.bool_]:
-    """`[B, T]` True where a token stands where the tokenizer itself would put it.
+    """True where a token stands where the tokenizer itself would put it, in the shape of the ids.
 
     Args:
         tokenizer: Whatever `Pair` accepts.
-        ids: `[B, T]`
+        ids: `[B, T]`, or one row `[T]`.
 
     Raises:
         FileNotFoundError, ValueError: As `Pair` and `Pair.flags`.
@@ -33,26 +35,37 @@ def tag_spans(tokenizer: Any, ids: ArrayLike, tags: Sequence[str]) -> list[list[
 
     Args:
         tokenizer: Whatever `Pair` accepts.
-        ids: `[B, T]`
+        ids: `[B, T]`, or one row `[T]`, which gives a list with one entry.
         tags: Texts to find, such as `["<think>", "</think>"]`.
 
     Returns:
         Per row the first token, one past the last token and the tag, in order. A token that only touches a tag counts.
 
     Raises:
-        FileNotFoundError, ValueError: As `Pair` and `Pair.flags`, or a tag is empty.
+        FileNotFoundError, ValueError: As `Pair` and `Pair.flags`, or a tag is empty or no text.
     """
-    if "" in tags:
-        raise ValueError('tags contain "", which is everywhere. Remove it.')
+    wanted = {tag: _as_bytes(tag) for tag in ([tags] if isinstance(tags, str) else tags)}
     vocabulary = vocabulary_of(load(tokenizer))
-    rows = []
-    for row in checked_ids(ids, vocabulary, axes=2):
-        text, ends = vocabulary.text(row), np.cumsum(vocabulary.lengths[row])
-        found = [(start, end, tag) for tag in tags for start, end in find(text, [tag.encode()])]
-        rows.append(sorted((_token(ends, start), _token(ends, end - 1) + 1, tag) for start, end, tag in found))
-    return rows
+    rows = np.atleast_2d(checked_ids(ids, vocabulary))
+    ends = np.cumsum(vocabulary.lengths[rows], axis=1)
+    text = vocabulary.text(rows.ravel())
+    bounds = np.cumsum(np.append(0, ends[:, -1:].sum(axis=1))).tolist()
+    return [
+        sorted((*_tokens(row, start, end), tag) for tag, bytes_ in wanted.items() for start, end in find(own, [bytes_]))
+        for row, own in zip(ends, (text[start:end] for start, end in pairwise(bounds)), strict=True)
+    ]
 
 
-def _token(ends: NDArray[np.int64], byte: int) -> int:
-    """The token that holds a byte."""
-    return int(np.searchsorted(ends, byte, side="right"))
+def _as_bytes(tag: str) -> bytes:
+    if not isinstance(tag, str) or not tag:
+        raise ValueError(f"tags contain {tag!r}, which is " + ("everywhere. Remove it." if tag == "" else "no text."))
+    try:
+        return tag.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"tags contain {tag!r}, which no text contains ({error.reason}). Remove it.") from error
+
+
+def _tokens(ends: Ints, start: int, end: int) -> tuple[int, int]:
+    """The first token that holds a byte of a span, and one past the last."""
+    first, last = np.searchsorted(ends, [start, end - 1], side="right").tolist()
+    return first, last + 1

@@ -1,18 +1,23 @@
 """Student tokens against the teacher's own spelling of the same text."""
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.chunks import Alignment, Ints, alignment
+from tokenalign.chunks import Alignment, Ints, chunk_sizes
 from tokenalign.comparison import Side, compare
+from tokenalign.cuts import Cuts
 from tokenalign.flags import Flag
-from tokenalign.segments import Analysis, SegmentMemory, split
+from tokenalign.segments import Analysis, SegmentMemory, joined, split
 from tokenalign.speller import Speller
 from tokenalign.vocabulary import Vocabulary
+
+_BLOCK = 1 << 16
+"""Tokens that are looked up at once, unless a segment is longer: few enough to stay in the processor's cache."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -27,42 +32,28 @@ class TeacherText:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Segments:
-    """The live tokens of one batch, and where the memory keeps what is known about them."""
+    """Some of a batch's live tokens, cut into segments, and where the memory holds what is known about them.
+
+    To be read before the next ones are looked up.
+    """
 
     memory: SegmentMemory
     places: Ints
     """`[M]` flat positions in the batch."""
-    counts: Ints
-    """`[S]` tokens per segment."""
     slots: Ints
-    """`[S]`"""
+    """`[S]` segments in `memory.known`."""
+    known_places: Ints
+    """`[M]` tokens in `memory.known`."""
 
+    @property
     def bits(self) -> NDArray[np.uint16]:
         """`[M]` flags that follow from a segment's text."""
-        return self.memory.known.bits[self.memory.student_places(self.slots)]
+        return self.memory.known["bits"][self.known_places]
 
-    def teacher_text(self, shape: tuple[int, ...]) -> TeacherText:
-        """The teacher's spelling of a batch of shape `[B, T]`."""
-        known, slots = self.memory.known, self.slots
-        student, teacher = self.memory.student_places(slots), self.memory.teacher_places(slots)
-        teacher_counts, chunk_counts = known.teacher_count[slots], known.chunk_count[slots]
-        # The first segment, chunk and teacher token of each row, and the end of the last row.
-        rows = self.places[np.cumsum(self.counts) - self.counts] // shape[1]
-        first = np.searchsorted(rows, np.arange(shape[0] + 1))
-        first_chunk, first_token = (np.append(0, np.cumsum(c))[first] for c in (chunk_counts, teacher_counts))
-        before = np.cumsum(chunk_counts) - chunk_counts - first_chunk[rows]
-        chunk = known.student_chunk[student]
-        student_chunk, same = np.full(shape, -1), np.ones(shape, bool)
-        student_chunk.flat[self.places] = np.where(chunk < 0, -1, chunk + np.repeat(before, self.counts))
-        same.flat[self.places] = (chunk >= 0) & (known.bits[student] & Flag.NORMALISED == 0)
-        teacher_ids = known.teacher_ids[teacher]
-        teacher_chunk = known.teacher_chunk[teacher] + np.repeat(before, teacher_counts)
-        of_row = [slice(*bounds) for bounds in pairwise(first_token.tolist())]
-        rows_of = zip(student_chunk, of_row, same, strict=True)
-        return TeacherText(
-            ids=[teacher_ids[row] for row in of_row],
-            alignments=[alignment(ours, teacher_chunk[row], ok=bool(ok.all())) for ours, row, ok in rows_of],
-        )
+    @property
+    def analysis(self) -> Analysis:
+        """All that is known."""
+        return self.memory.known.take(self.slots)
 
 
 class Respelling:
@@ -92,25 +83,43 @@ class Respelling:
         self._speller = Speller(teacher, tags)
         self._is_control = np.zeros(student.size, bool)
         self._is_control[list(controls)] = True
-        self.cuts_at_blanks = self._speller.splits_at_blanks(tags)
+        self.cuts = Cuts(
+            student.pieces,
+            alone=self._is_control,
+            held=[*(piece for piece, special in teacher.keys if not special), *self._tags],
+            splitting=teacher.splitting,
+        )
         self.memory = SegmentMemory(self.analyse, size=student.size)
 
-    def look_up(self, ids: Ints, live: NDArray[np.bool_]) -> "Segments":
-        """Everything known about the live tokens of `ids[B, T]`."""
-        places, counts = self._cut(ids, live)
-        slots = self.memory.look_up(ids.ravel()[places], counts)
-        return Segments(memory=self.memory, places=places, counts=counts, slots=slots)
+    def look_up(self, ids: Ints, live: NDArray[np.bool_]) -> Iterator[Segments]:
+        """Everything known about the live tokens of `ids`, both `[B, T]` or `[T]`, in the batch's order."""
+        tokens, inside, row = ids.ravel(), live.ravel(), ids.shape[-1]
+        start = 0
+        while start < len(tokens):
+            begins = self._begins(tokens, inside, start, row)
+            within = inside[start : start + len(begins)]
+            places = np.flatnonzero(within)
+            if places.size:
+                firsts = np.flatnonzero(begins[places])
+                counts = np.diff(firsts, append=len(places))
+                slots, known_places = self.memory.look_up(tokens[start:][places], counts)
+                yield Segments(memory=self.memory, places=start + places, slots=slots, known_places=known_places)
+            start += len(begins)
 
-    def _cut(self, ids: Ints, live: NDArray[np.bool_]) -> tuple[Ints, Ints]:
-        """Flat positions `[M]` of the live tokens of `ids[B, T]`, and the token counts `[S]` of their segments."""
-        control = self._is_control[ids]
-        start = np.ones(ids.shape, bool)
-        start[:, 1:] = ~live[:, :-1] | control[:, 1:] | control[:, :-1]
-        if self.cuts_at_blanks:
-            start[:, 1:] |= self._student.ends_word[ids[:, :-1]] & self._student.starts_blank[ids[:, 1:]]
-        places = np.flatnonzero(live)
-        starts = np.flatnonzero(start.ravel()[places])
-        return places, np.diff(starts, append=len(places))
+    def _begins(self, tokens: Ints, inside: NDArray[np.bool_], start: int, row: int) -> NDArray[np.bool_]:
+        """`[N]` True where a segment begins, for the tokens from `start` up to the end of a later segment."""
+        size = _BLOCK
+        while True:
+            block = slice(start, start + size)
+            begins = np.ones(len(tokens[block]), bool)
+            begins[1:] = self.cuts.before(tokens[block]) | ~inside[block][:-1]
+            begins[-start % row :: row] = True
+            last = len(begins) - 1 - int(begins[::-1].argmax())
+            if block.stop >= len(tokens):
+                return begins
+            if last:
+                return begins[:last]
+            size *= 2
 
     def analyse(self, ids: Ints, counts: Ints) -> Analysis:
         """Compare segments, given the ids `[M]` of all and their token counts `[S]`; nothing is remembered."""
@@ -139,3 +148,33 @@ def _side(vocabulary: Vocabulary, ids: Ints, counts: Ints) -> Side:
     ends = np.append(0, np.cumsum(lengths))[np.cumsum(counts)]
     texts = split(vocabulary.text(ids), np.diff(ends, prepend=0).tolist())
     return Side(ids=ids, counts=counts, lengths=lengths, texts=texts)
+
+
+def teacher_text(shape: tuple[int, ...], segments: Iterable[Segments]) -> TeacherText:
+    """The teacher's spelling of a batch of shape `[B, T]`, or of one row `[T]`, from all of its segments."""
+    parts = [(part.places, part.analysis) for part in segments]
+    places = np.concatenate([np.zeros(0, np.int64), *(part for part, _ in parts)])
+    whole = joined([analysis for _, analysis in parts])
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    # Chunks and teacher tokens of each row.
+    row = places[np.cumsum(whole.student_count) - whole.student_count] // max(1, columns)
+    ends = np.searchsorted(row, np.arange(rows + 1))
+    first_chunk, first_token = (np.append(0, np.cumsum(c))[ends] for c in (whole.chunk_count, whole.teacher_count))
+    before = np.cumsum(whole.chunk_count) - whole.chunk_count
+    student_chunk = np.where(whole.student_chunk < 0, -1, whole.student_chunk + np.repeat(before, whole.student_count))
+    teacher_chunk = whole.teacher_chunk + np.repeat(before, whole.teacher_count)
+    sizes = chunk_sizes(student_chunk, teacher_chunk)
+    same, ours = np.ones(rows, bool), np.full((rows, columns), -1, np.int32)
+    same[places[(student_chunk < 0) | (whole.bits & Flag.NORMALISED > 0)] // max(1, columns)] = False
+    ours.flat[places] = student_chunk
+    ours -= np.where(ours < 0, 0, first_chunk[:-1, None]).astype(np.int32)
+    theirs = (teacher_chunk - np.repeat(first_chunk[:-1], np.diff(first_token))).astype(np.int32)
+    of_row = [slice(*bounds) for bounds in pairwise(first_token.tolist())]
+    chunks_of_row = [slice(*bounds) for bounds in pairwise(first_chunk.tolist())]
+    return TeacherText(
+        ids=[whole.teacher_ids[tokens] for tokens in of_row],
+        alignments=[
+            Alignment(student_chunk=one, teacher_chunk=theirs[tokens], chunks=sizes[chunks], ok=ok)
+            for one, tokens, chunks, ok in zip(ours, of_row, chunks_of_row, same.tolist(), strict=True)
+        ],
+    )

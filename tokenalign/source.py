@@ -27,7 +27,8 @@ def load(side: Any) -> Source:
 
     Args:
         side: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object whose
-            `backend_tokenizer` is one (its `chat_template` and `special_tokens_map` are used where present).
+            `backend_tokenizer` is one (its `chat_template`, `special_tokens_map` and `generation_config` are used where
+            present).
 
     Raises:
         FileNotFoundError: The path does not exist or holds no `tokenizer.json`.
@@ -50,7 +51,17 @@ def load(side: Any) -> Source:
         name=str(getattr(side, "name_or_path", "") or type(side).__name__),
         chat_template=_one_template(getattr(side, "chat_template", None)),
         special=_contents(getattr(side, "special_tokens_map", None) or {}),
+        end_ids=_end_ids(side),
     )
+
+
+def _end_ids(side: Any) -> frozenset[int]:
+    """End-of-turn ids of an object: from its generation settings, or those of the folder that it was read from."""
+    settings = getattr(side, "generation_config", None)
+    folder = str(getattr(side, "name_or_path", "") or "")
+    if settings is None and folder and Path(folder).is_dir():
+        return _ids(_read_json(Path(folder) / "generation_config.json").get("eos_token_id"))
+    return _ids(getattr(settings, "eos_token_id", None))
 
 
 def _from_path(path: Path) -> Source:

@@ -1,24 +1,67 @@
 """Chat templates, rendered as Hugging Face does but with bounds: a template is a program from somebody else."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import wraps
 from typing import Any, NoReturn
 
-from jinja2 import TemplateError, nodes
-from jinja2.exceptions import SecurityError
+from jinja2 import TemplateError, meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
+from jinja2.runtime import Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
-MAX_CHARACTERS = 1_000_000
-"""Of the output, and of any text or list that a template builds by `*`, `+` or `~`."""
-MAX_STEPS = 200_000
-"""Loop passes, calls and operators in one rendering."""
+from tokenalign.bounds import Budget, ExceededError, size_of, size_of_layout
 
-_MISTAKES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-"""What a template's own mistakes raise."""
+MAX_SOURCE = 100_000
+"""Characters of a template's source."""
+
+_STANDARD = {"messages": (), "tools": None, "documents": None, "add_generation_prompt": False}
+"""What every template may expect to be there."""
+_FRAME = frozenset(["_loop_vars", "_block_vars"])
+"""Arguments by which Jinja hands on what is visible where a call stands."""
+_SUPERLINEAR = frozenset(["pprint", "striptags", "sum", "truncate", "urlize", "wordwrap"])
+"""Filters that may take the square of their input's size in time."""
+
+
+class ChatTemplate:
+    """A chat template, ready to be rendered again and again.
+
+    The bounds hold for each rendering, the clock for all of them together.
+
+    Args:
+        source: The Jinja source.
+
+    Raises:
+        ValueError: It is malformed.
+    """
+
+    def __init__(self, source: str) -> None:
+        if len(source) > MAX_SOURCE:
+            raise ValueError(f"the chat template has {len(source)} characters, more than {MAX_SOURCE}. Shorten it.")
+        self._environment = _Environment()
+        self.variables: frozenset[str]
+        """What the template reads that is not always there."""
+        try:
+            tree = self._environment.parse(source)
+            self.variables = frozenset(meta.find_undeclared_variables(tree) - _STANDARD.keys())
+            self._compiled = self._environment.from_string(_Bounded().visit(tree))
+        except Exception as error:
+            raise _unusable(error) from error
+
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
+        """The text of a conversation, see `render`."""
+        budget = self._environment.budget
+        budget.start()
+        try:
+            return self._compiled.render(_STANDARD | {"messages": [dict(m) for m in messages]} | variables)
+        except Exception as error:  # a program's mistakes can be of any kind
+            raise _unusable(error) from error
+        finally:
+            budget.stop()
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str:
@@ -35,102 +78,138 @@ def render(template: str, messages: Sequence[Mapping[str, Any]], **variables: An
     >>> render("{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}", [{"role": "user", "content": "hi"}])
     '<user>hi'
     """
-    environment = _Environment()
-    try:
-        compiled = environment.from_string(_Bounded().visit(environment.parse(template)))
-        variables = {"tools": None, "documents": None, "add_generation_prompt": False} | variables
-        return _bounded_join(compiled.generate(messages=[dict(message) for message in messages], **variables))
-    except (
-        TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        raise ValueError(f"the chat template cannot be rendered: {error}") from error
+    return ChatTemplate(template).render(messages, **variables)
 
 
-def _bounded_join(pieces: Iterable[str]) -> str:
-    text, size = [], 0
-    for piece in pieces:
-        text.append(piece)
-        size += len(piece)
-        _require(size)
-    return "".join(text)
-
-
-def _require(size: int) -> None:
-    if size > MAX_CHARACTERS:
-        raise SecurityError(f"it builds more than {MAX_CHARACTERS} characters")
+def _unusable(error: Exception) -> ValueError:
+    return ValueError(f"the chat template cannot be rendered: {str(error)[:300] or type(error).__name__}")
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """Counts steps, so that a template cannot run or grow without end. Built per rendering: the count is its state."""
+    """Weighs every filter, test, call and operator before it runs, and counts every result."""
 
-    intercepted_binops = frozenset(["*", "**", "+", "%"])
+    intercepted_binops = frozenset(["*", "**", "+", "-", "/", "//", "%"])
 
     def __init__(self) -> None:
-        super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-        self.steps = 0
-        self.filters["tojson"] = _tojson
+        self.budget = Budget()
+        self.take = self.budget.take
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, finalize=self.take, extensions=[_Generation, loopcontrols]
+        )
+        del self.globals["lipsum"]
         self.globals |= {
             "raise_exception": _refuse,
-            "strftime_now": lambda layout: datetime.now().strftime(layout),
+            "strftime_now": self._strftime,
             "range": self._range,
-            _Bounded.STEP: self.step,
-            _Bounded.CONCAT: self._concat,
+            "namespace": _Namespace,
         }
+        self.filters["tojson"] = _tojson
+        functions: dict[str, Any]
+        for functions in (self.filters, self.tests):
+            functions |= {name: self._weighed(name, function) for name, function in functions.items()}
 
-    def step(self, cost: int = 1) -> str:
-        self.steps += cost
-        if self.steps > MAX_STEPS:
-            raise SecurityError(f"it takes more than {MAX_STEPS} steps")
+    def step(self) -> str:
+        """A pass of a loop; nothing is written."""
+        self.budget.step()
         return ""
 
-    def _range(self, *bounds: int) -> range:
-        self.step(len(range(*bounds)))
-        return range(*bounds)
+    def join_values(self, *values: Any) -> str:
+        """What `~` does."""
+        return self.concat(map(str, values))
 
-    def _concat(self, *values: Any) -> str:
-        texts = [str(value) for value in values]
-        _require(sum(map(len, texts)))
-        return "".join(texts)
+    def concat(self, pieces: Iterable[str]) -> str:
+        """Every text that consists of pieces is made here: macros, `set` blocks and the output."""
+        return self.budget.join(pieces)
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.budget.step()
+        return super().getitem(obj, argument)
 
     def call(self, context: Any, function: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.step()
-        return super().call(context, function, *args, **kwargs)
+        owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps `str.format`
+        if owner is self:
+            return super().call(context, function, *args, **kwargs)
+        values = [*args, *(value for name, value in kwargs.items() if name not in _FRAME)]
+        # A macro does what its own operations do, and a namespace holds what it is given; a method may fill up a text.
+        if owner is not None:
+            is_format = isinstance(owner, str) and getattr(function, "__name__", "") in ("format", "format_map")
+            own = size_of_layout(owner) if is_format else size_of(owner)
+            self.budget.weigh(own, *(size_of(value, counts=True) for value in values))
+        elif not isinstance(function, Macro):
+            self.budget.weigh(*map(size_of, values))
+        return self.take(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.step()
-        sizes = [len(side) if isinstance(side, str | list | tuple) else 1 for side in (left, right)]
-        if operator == "*" and max(sizes) > 1:
-            _require(max(sizes) * max(side for side in (left, right) if isinstance(side, int)))
-        if operator == "**" and abs(right) > 64:
-            raise SecurityError(f"it raises a number to the power {right}")
-        if operator == "+":
-            _require(sum(sizes))
-        return super().call_binop(context, operator, left, right)
+        if operator in "+-":
+            self.budget.weigh(size_of(left) + size_of(right))
+        elif operator == "%" and isinstance(left, str):
+            self.budget.weigh(size_of_layout(left), size_of(right, counts=True))
+        else:
+            repeats = operator == "**" or not all(isinstance(side, int | float) for side in (left, right))
+            self.budget.weigh(size_of(left), size_of(right, counts=repeats))
+        return self.take(super().call_binop(context, operator, left, right))
+
+    def _weighed(self, name: str, function: Any) -> Callable[..., Any]:
+        skip = hasattr(function, "jinja_pass_arg")
+
+        @wraps(function)
+        def weighed(*args: Any, **kwargs: Any) -> Any:
+            value, *others = args[skip:] if len(args) > skip else (None,)
+            size = size_of_layout(value) if name == "format" and isinstance(value, str) else size_of(value)
+            arguments = [size_of(other, counts=True) for other in (*others, *kwargs.values())]
+            self.budget.weigh(size, size if name in _SUPERLINEAR else 1, *arguments)
+            return self.take(function(*args, **kwargs))
+
+        return weighed
+
+    def _range(self, *bounds: int) -> range:
+        self.budget.step(len(range(*bounds)))
+        return range(*bounds)
+
+    def _strftime(self, format: str) -> str:
+        self.budget.weigh(256 * size_of_layout(format))  # the C library may make so much of it
+        return self.take(datetime.now().strftime(format))
+
+
+class _Namespace(Namespace):
+    """Is not written out with all that it holds: two namespaces could hold each other many times over."""
+
+    __repr__ = object.__repr__
 
 
 class _Bounded(NodeTransformer):
-    """Adds a step to every loop pass and turns `~` into a call, neither of which the sandbox sees otherwise."""
+    """Brings to the environment what it would not see: loop passes, `~`, comparisons, slices and containers.
 
-    STEP, CONCAT = "tokenalign_step", "tokenalign_concat"
+    It is called by nodes that a template cannot write, so that none can call it or put something in its place.
+    """
 
     def visit_For(self, node: nodes.For) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        node.body.insert(0, nodes.ExprStmt(_call(self.STEP, []), lineno=node.lineno))
+        node.body.insert(0, nodes.ExprStmt(_call("step", []), lineno=node.lineno))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:  # noqa: N802
         self.generic_visit(node)
-        return _call(self.CONCAT, node.nodes)
+        return _call("join_values", node.nodes)
+
+    def _taken(self, node: nodes.Expr) -> nodes.Node:
+        self.generic_visit(node)
+        return _call("take", [node])
+
+    visit_Compare = visit_Dict = visit_List = _taken  # noqa: N815
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:  # noqa: N802
+        return self._taken(node) if node.ctx == "load" else node  # else the names that a loop or a `set` assigns
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:  # noqa: N802
+        if isinstance(node.arg, nodes.Slice):
+            return self._taken(node)
+        self.generic_visit(node)
+        return node
 
 
 def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
-    return nodes.Call(nodes.Name(name, "load"), arguments, [], None, None)
+    return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
 
 
 class _Generation(Extension):
@@ -144,6 +223,8 @@ class _Generation(Extension):
 
 
 def _tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
+    if indent is not None and indent > 16:  # each level would be indented by as much again
+        raise ExceededError(f"it indents JSON by {indent}")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
 

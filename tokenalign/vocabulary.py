@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.chunks import ranges
+from tokenalign.chunks import Ints, ranges
 from tokenalign.source import Source
+from tokenalign.splitting import Splitting, of_tokenizer_json
 
 Spec = dict[str, Any]
 
@@ -40,11 +41,11 @@ class ByteTable:
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._blob = np.frombuffer(b"".join(pieces), np.uint8)
 
-    def ends(self, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def ends(self, ids: Ints) -> NDArray[np.int64]:
         """Byte ends `[N]` of a sequence of ids `[N]`."""
         return np.cumsum(self.lengths[ids])
 
-    def text(self, ids: NDArray[np.int64]) -> bytes:
+    def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
         return self._blob[ranges(self._starts[ids], self.lengths[ids])].tobytes()
 
@@ -101,9 +102,18 @@ class Vocabulary:
         """`[V]` bytes per id."""
         return self.table.lengths
 
-    def text(self, ids: NDArray[np.int64]) -> bytes:
+    def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
         return self.table.text(ids)
+
+    @cached_property
+    def splitting(self) -> Splitting | None:
+        """How the tokenizer splits a text, None where that may depend on more than neighbours."""
+        strips = ("lstrip", "rstrip", "single_word")
+        if any(entry.get(key) and not entry["special"] for entry in self.added.values() for key in strips):
+            return None
+        normalizers, pre_tokenizers = [*parts(self.spec["normalizer"])], [*parts(self.spec["pre_tokenizer"])]
+        return of_tokenizer_json(self.spec["model"], normalizers, pre_tokenizers)
 
     @cached_property
     def ends_word(self) -> NDArray[np.bool_]:
