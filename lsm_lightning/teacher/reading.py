@@ -40,7 +40,6 @@ def respelled(turns: Sequence[Turn], pair: Pair) -> Reading:
     position = []
     for length, alignment in zip(lengths, spelled.alignments, strict=True):
         starts = np.full(length, -1)
-        ours, theirs = alignment.starts()
-        starts[ours] = theirs
+        starts[alignment.starts[:, 0]] = alignment.starts[:, 1]
         position.append(torch.from_numpy(starts))
     return Reading(responses=[row.tolist() for row in spelled.ids], position=position)
