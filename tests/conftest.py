@@ -55,6 +55,8 @@ def turns(student_tokenizer: PreTrainedTokenizerFast) -> list[Turn]:
         "now",
         "7+5",
         "stone",
+        "say river",
+        "drink",
     ]
     conversations = [[{"role": "user", "content": question}] for question in questions]
     made = []
@@ -62,12 +64,12 @@ def turns(student_tokenizer: PreTrainedTokenizerFast) -> list[Turn]:
         zip(conversations, render(student_tokenizer, conversations), strict=True)
     ):
         truncated = number % 3 == 0
-        text = [rng.randrange(len(SPECIAL), len(student_tokenizer)) for _ in range([4, 9, 1, 6, 2, 0][number])]
+        text = [rng.randrange(len(SPECIAL), len(student_tokenizer)) for _ in range([4, 9, 1, 6, 2, 0, 12, 3][number])]
         ids = text if truncated else [*text, student_tokenizer.eos_token_id]
         made.append(
             Turn(
                 prompt=Prompt(messages=messages, ids=prompt),
-                completion=Completion(ids=ids, log_probs=[0.0] * len(ids), truncated=truncated),
+                completion=Completion(ids=ids, log_probs=[-rng.uniform(2, 9) for _ in ids], truncated=truncated),
                 answer=student_tokenizer.decode(text),
             )
         )

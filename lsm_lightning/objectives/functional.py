@@ -91,7 +91,7 @@ def clipped_policy_loss(
     >>> clipped_policy_loss(torch.zeros(2), torch.tensor([1.0, -2.0]), clip=0.2, dual_clip=3.0)
     tensor([-1.,  2.])
     """
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=20.0).exp()  # far beyond both clips, and finite: 0 times inf would be a NaN gradient
     loss = torch.maximum(-ratio * advantages, -ratio.clamp(1 - clip, 1 + clip) * advantages)
     return torch.where(advantages < 0, torch.minimum(loss, -dual_clip * advantages), loss)
 

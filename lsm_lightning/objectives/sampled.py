@@ -1,5 +1,7 @@
 """The baseline: reward each sampled token with the teacher's log-prob minus the student's (policy gradient)."""
 
+import math
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -8,6 +10,8 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.base import Loss, Objective, Positions
 from lsm_lightning.objectives.functional import clipped_policy_loss, returns_to_go
 from lsm_lightning.objectives.head import OutputHead
+
+LEAST = math.log(torch.finfo(torch.float32).tiny)
 
 
 class SampledToken(Objective):
@@ -49,7 +53,8 @@ class SampledToken(Objective):
         logits = head.logits(positions.hidden, positions.sampled.unsqueeze(-1)).squeeze(-1)
         log_probs = logits - head.log_normaliser(positions.hidden)
         sampler = positions.sampler_log_probs.to(log_probs.dtype)
-        rewards = positions.support.sampled - sampler
+        # A token that the teacher rules out is as bad as the smallest normal number, and the sum stays finite.
+        rewards = positions.support.sampled.clamp(min=LEAST) - sampler
         limit = self.reward_clip if self.reward_clip is not None else torch.inf
         advantages = self._advantages(rewards.clamp(-limit, limit), positions)
         value = clipped_policy_loss(log_probs - sampler, advantages, clip=self.clip, dual_clip=self.dual_clip)
