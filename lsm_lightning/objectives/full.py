@@ -25,7 +25,7 @@ class FullVocabulary(Objective):
     def __call__(self, head: OutputHead, positions: Positions) -> Loss:
         """The divergence; logged besides: the mass of both sides on tokens that the other lacks."""
         teacher = positions.support.log_probs
-        student = head.all_logits(positions.hidden).log_softmax(-1).gather(-1, positions.support.ids)
+        student = head.all_logits(positions.hidden, exact=True).log_softmax(-1).gather(-1, positions.support.ids)
         value = support_divergence(student, teacher, support="generalised", divergence=self.divergence)
         with torch.no_grad():
             members = student.masked_fill(teacher == -torch.inf, -torch.inf)

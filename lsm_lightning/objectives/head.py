@@ -4,7 +4,7 @@ Local support matching needs K logits a position, so only K rows of the output m
 normaliser (a tail, the sampled token's log-prob) gets it in chunks that are recomputed in the backward pass.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -100,6 +100,34 @@ def _chunks(ids: Int[Tensor, "n k"], weight: Float[Tensor, "v d"]) -> Iterator[s
         yield slice(first, first + rows)
 
 
+def _wide_product(hidden: Float[Tensor, "n d"], weight: Float[Tensor, "v d"]) -> Float[Tensor, "n v"]:
+    """`hidden @ weight.T` in float32 or wider."""
+    if weight.dtype == _wide(hidden, weight):
+        return nn.functional.linear(hidden, weight)
+    product: Float[Tensor, "n v"] = _WideProduct.apply(hidden, weight)
+    return product
+
+
+class _WideProduct(torch.autograd.Function):
+    """Of factors in half precision: `linear` would round to their type, or keep wide copies for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor) -> Tensor:
+        """`[N, V]` in float32."""
+        ctx.save_for_backward(hidden, weight)
+        if hidden.is_cuda:
+            return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        return hidden.float() @ weight.float().T
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        """In the factors' type, which their gradients are rounded to anyway."""
+        hidden, weight = ctx.saved_tensors
+        gradient = gradients[0].to(weight.dtype)
+        return gradient @ weight, gradient.T @ hidden
+
+
 @dataclass(frozen=True, kw_only=True)
 class Adapter:
     """A low-rank addition to the output matrix (LoRA): `scale * up @ down`."""
@@ -172,16 +200,25 @@ class OutputHead:
         ]  # fmt: skip
         return torch.cat(parts)
 
-    def all_logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n v"]:
-        """Logits of the whole vocabulary, for callers that take a few rows at a time."""
-        logits = nn.functional.linear(hidden.to(self.weight.dtype), self.weight, self.bias)
+    def all_logits(self, hidden: Float[Tensor, "n d"], *, exact: bool = False) -> Float[Tensor, "n v"]:
+        """Logits of the whole vocabulary, for callers that take a few rows at a time.
+
+        Args:
+            hidden: Last hidden states.
+            exact: Summed in float32 or wider, as `logits` are. Otherwise rounded to the weight's type on the way, as
+                the model itself does it; that is faster in half precision.
+        """
+        product = _wide_product if exact else nn.functional.linear
+        logits = product(hidden.to(self.weight.dtype), self.weight)
+        if self.bias is not None:
+            logits = logits + self.bias
         for adapter in self.adapters:
-            low = _down(adapter, hidden).to(adapter.up.dtype)
-            logits = logits + adapter.scale * nn.functional.linear(low, adapter.up)
+            logits = logits + adapter.scale * product(_down(adapter, hidden).to(adapter.up.dtype), adapter.up)
         return self._finish(logits)
 
     def _log_sum_exp(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        return self.all_logits(hidden).logsumexp(-1)
+        # As exact as the logits it is subtracted from, or a confident student's probabilities would exceed 1.
+        return self.all_logits(hidden, exact=True).logsumexp(-1)
 
     def _finish(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
@@ -225,12 +262,15 @@ def _adapters(layer: Any) -> tuple[Adapter, ...]:
     if layer.merged or layer.disable_adapters:
         return ()
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    settings: Mapping[str, Any] = getattr(layer, "use_dora", {})
+    variants: Container[str] = getattr(layer, "lora_variant", ())
+    dora: Mapping[str, bool] = getattr(layer, "use_dora", {})
     for name in active:
-        if settings.get(name) or not isinstance(layer.lora_dropout[name], nn.Identity):
+        plain = isinstance(layer.lora_dropout[name], nn.Identity) and layer.lora_B[name].bias is None
+        if not plain or name in variants or dora.get(name):
             raise ConfigurationError(
-                f"The LoRA adapter '{name}' on the output layer uses DoRA or dropout, which logits of single tokens "
-                "cannot follow: set use_dora to false and lora_dropout to 0, or leave the output layer unadapted."
+                f"The LoRA adapter '{name}' on the output layer uses dropout, a bias or a variant such as DoRA, which "
+                "logits of single tokens cannot follow: set lora_dropout to 0, lora_bias and use_dora to false, or "
+                "leave the output layer unadapted."
             )
     return tuple(
         Adapter(down=_weight(layer.lora_A[name]), up=_weight(layer.lora_B[name]), scale=float(layer.scaling[name]))

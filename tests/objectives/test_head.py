@@ -1,8 +1,12 @@
+import inspect
+
 import pytest
 import torch
+from reference import tensor_sizes
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
+from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import head as head_module
@@ -20,7 +24,7 @@ def inputs(n: int = 9, d: int = 6, v: int = 20, k: int = 4) -> tuple[Tensor, Ten
 
 
 def gradients(value: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    return torch.autograd.grad((value * drawn(*value.shape, seed=9)).sum(), leaves)
+    return torch.autograd.grad((value * drawn(*value.shape, seed=9).to(value.dtype)).sum(), leaves)
 
 
 def test_gathered_logits_and_gradients_are_those_of_the_full_ones():
@@ -89,13 +93,6 @@ def test_a_soft_cap_keeps_logits_within_it():
     assert gather_logits(hidden, weight, ids).abs().max() > 2
 
 
-def test_half_precision_weights_give_float32_logits():
-    hidden, weight, _, ids = inputs()
-    head = OutputHead(weight=weight.bfloat16())
-    assert head.logits(hidden.bfloat16(), ids).dtype == torch.float32
-    assert head.log_normaliser(hidden.bfloat16()).dtype == torch.float32
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_of_a_family_gives_the_models_own_logits(family):
     model = tiny_model(family).double()
@@ -135,11 +132,239 @@ def test_a_head_that_is_no_matrix_is_refused():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_known_family_passes_the_check_at_load(family):
-    check_head(tiny_model(family))
+    check_head(tiny_model(family), family)
 
 
 def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
     model = tiny_model("llama-tied")
     model.config.logit_scale = 2.0  # which this family does not apply
-    with pytest.raises(ConfigurationError, match="LlamaForCausalLM changes its logits"):
-        check_head(model)
+    with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM \('mine'\) changes its logits"):
+        check_head(model, "mine")
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_whose_logits_are_not_finite_is_refused(value):
+    model = tiny_model("qwen2-untied")
+    with torch.no_grad():
+        model.lm_head.weight[100, 3] = value
+    with pytest.raises(ConfigurationError, match=r"'mine' gives logits that are not finite.*dtype"):
+        check_head(model, "mine")
+
+
+# ---- what does not fit together -------------------------------------------------------------------------------------
+
+
+def test_hidden_states_of_another_model_are_refused_with_both_widths():
+    hidden, weight, _, ids = inputs()
+    unchecked = inspect.unwrap(gather_logits)  # as it runs where shapes are not checked
+    with pytest.raises(ValueError, match="5 wide and the output matrix 6"):
+        unchecked(hidden[:, :5], weight, ids)
+
+
+@pytest.mark.parametrize("wrong", [-1, 20])
+def test_ids_without_a_row_are_refused_by_number(wrong):
+    hidden, weight, _, ids = inputs()
+    ids[3, 2] = wrong
+    with pytest.raises(ValueError, match=rf"{wrong}.* rows 0 to 19"):
+        gather_logits(hidden, weight, ids)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+
+def largest(head: OutputHead, hidden: Tensor, ids: Tensor, *, normalised: bool) -> int:
+    """Elements of the largest tensor of a forward and backward pass."""
+    with tensor_sizes() as sizes:
+        logits = head.logits(hidden, ids)
+        if normalised:
+            logits = logits - head.log_normaliser(hidden).unsqueeze(-1)
+        logits.sum().backward()
+    return sizes.largest
+
+
+@pytest.mark.parametrize("normalised", [False, True], ids=["gathered", "with the normaliser"])
+def test_no_more_than_a_chunk_exists_at_once(monkeypatch, normalised):
+    n, d, v, k = 400, 8, 500, 4
+    for name in ("GATHER_ELEMENTS", "NORMALISER_ELEMENTS"):
+        monkeypatch.setattr(head_module, name, 2 * v)
+    hidden, weight = drawn(n, d, seed=1).requires_grad_(), drawn(v, d, seed=2).requires_grad_()
+    ids = torch.randint(v, (n, k), generator=torch.Generator().manual_seed(4))
+    head = OutputHead(weight=weight, bias=drawn(v).requires_grad_(), soft_cap=30.0)
+    assert largest(head, hidden, ids, normalised=normalised) <= v * d  # the weight and its gradient
+    monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", n * v)
+    if normalised:
+        assert largest(head, hidden, ids, normalised=True) == n * v  # the watch can see it
+
+
+# ---- half precision -------------------------------------------------------------------------------------------------
+
+
+def relative(ours: Tensor, exact: Tensor) -> float:
+    return ((ours.double() - exact).norm() / exact.norm()).item()
+
+
+def in_precision(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits, normaliser, and gradients of hidden states and weight, from one set of numbers that bf16 can hold."""
+    d, v = 512, 300
+    hidden, weight = (drawn(*shape, seed=shape[0]).bfloat16().to(dtype).requires_grad_() for shape in ((60, d), (v, d)))
+    ids = torch.randint(v, (60, 32), generator=torch.Generator().manual_seed(4))
+    head = OutputHead(weight=weight, scale=d**-0.5)
+    logits = head.logits(hidden, ids)
+    factor = drawn(60, 32, seed=9).to(logits.dtype)
+    return logits, head.log_normaliser(hidden), *torch.autograd.grad((logits * factor).sum(), (hidden, weight))
+
+
+def test_bf16_is_summed_in_float32_and_only_its_gradients_are_rounded():
+    ours, exact = in_precision(torch.bfloat16), in_precision(torch.float64)
+    assert [tensor.dtype for tensor in ours] == [torch.float32] * 2 + [torch.bfloat16] * 2
+    for name, mine, true, bound in zip(
+        ("logits", "normaliser", "hidden", "weight"), ours, exact, (1e-6, 1e-6, 2**-8, 2**-8), strict=True
+    ):
+        assert relative(mine, true) < bound, name
+
+
+def test_wide_products_of_half_precision_have_the_gradients_of_wide_factors():
+    hidden, weight, bias, _ = inputs()
+    half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
+    head = OutputHead(weight=half[1], bias=bias.detach().bfloat16(), soft_cap=5.0)
+    logits = head.all_logits(half[0], exact=True)
+    assert logits.dtype == torch.float32
+    wide = [tensor.detach().double().requires_grad_() for tensor in half]
+    exact = OutputHead(weight=wide[1], bias=bias.detach().bfloat16().double(), soft_cap=5.0).all_logits(wide[0])
+    assert relative(logits, exact.detach()) < 1e-6
+    for ours, theirs in zip(gradients(logits, *half), gradients(exact, *wide), strict=True):
+        assert relative(ours, theirs) < 2**-7
+
+
+def test_sums_in_bf16_would_be_seen():
+    hidden, weight = drawn(60, 512, seed=60).bfloat16(), drawn(300, 512, seed=300).bfloat16()
+    assert relative(hidden @ weight.T, hidden.double() @ weight.double().T) > 1e-4
+
+
+@pytest.mark.parametrize("scale", [1.0, 8.0])
+def test_log_probs_of_a_bf16_head_are_those_of_a_distribution(scale):
+    """A confident model must not come out with a probability of 1.04."""
+    hidden, weight = drawn(50, 64, seed=1).mul(scale).bfloat16(), drawn(100, 64, seed=2).bfloat16()
+    head = OutputHead(weight=weight)
+    log_probs = head.logits(hidden, torch.arange(100).repeat(50, 1)) - head.log_normaliser(hidden)[:, None]
+    assert_close(log_probs.exp().sum(-1), torch.ones(50), rtol=0, atol=1e-4)
+
+
+# ---- LoRA -----------------------------------------------------------------------------------------------------------
+
+
+class LoraLinear(torch.nn.Module):
+    """A linear layer with adapters, by the names that peft gives its parts."""
+
+    def __init__(self, base_layer: torch.nn.Linear, names: tuple[str, ...] = ("default",), rank: int = 3) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        new = {"bias": False, "dtype": base_layer.weight.dtype}
+        width, rows = base_layer.in_features, base_layer.out_features
+        self.lora_A = torch.nn.ModuleDict({name: torch.nn.Linear(width, rank, **new) for name in names})
+        self.lora_B = torch.nn.ModuleDict({name: torch.nn.Linear(rank, rows, **new) for name in names})
+        self.lora_dropout = torch.nn.ModuleDict({name: torch.nn.Identity() for name in names})
+        self.scaling = {name: 0.5 + number for number, name in enumerate(names)}
+        self.active_adapters = list(names)
+        self.merged = self.disable_adapters = False
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        logits = self.base_layer(hidden)
+        for name in self.active_adapters:
+            logits = logits + self.lora_B[name](self.lora_A[name](hidden)) * self.scaling[name]
+        return logits
+
+
+def with_lora(names: tuple[str, ...] = ("default",)) -> PreTrainedModel:
+    model = tiny_model("qwen2-untied").double()
+    model.set_output_embeddings(LoraLinear(model.lm_head, names))
+    return model
+
+
+def assert_head_is_the_models_own(model: PreTrainedModel, parameters: dict[str, Tensor]) -> None:
+    """Logits, log-probs and gradients equal those of the model's own forward pass."""
+    ids = torch.randint(340, (1, 7), generator=torch.Generator().manual_seed(0))
+    support = torch.randint(340, (7, 3), generator=torch.Generator().manual_seed(1))
+    hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+    head = OutputHead.of(model)
+    ours = head.logits(hidden, support) - head.log_normaliser(hidden).unsqueeze(-1)
+    full = model(input_ids=ids).logits[0].log_softmax(-1).gather(1, support)
+    assert_close(ours, full)
+    trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+    for mine, other, name in zip(gradients(ours, *trained), gradients(full, *trained), parameters, strict=False):
+        assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+        assert mine.abs().max() > 0
+
+
+@pytest.mark.parametrize("names", [("default",), ("one", "two")], ids=str)
+def test_lora_on_the_head_is_seen_through(names):
+    model = with_lora(names)
+    assert_head_is_the_models_own(model, dict(model.lm_head.named_parameters()))
+    check_head(model, "adapted")
+    assert len(OutputHead.of(model).adapters) == len(names)
+
+
+def test_the_lora_check_can_fail(monkeypatch):
+    monkeypatch.setattr(head_module, "_adapters", lambda layer: ())
+    model = with_lora()
+    with pytest.raises(AssertionError):
+        assert_head_is_the_models_own(model, dict(model.lm_head.named_parameters()))
+    with pytest.raises(ConfigurationError, match="changes its logits"):
+        check_head(model, "adapted")
+
+
+def test_adapters_that_are_merged_or_switched_off_add_nothing():
+    model = with_lora(("one", "two"))
+    model.lm_head.active_adapters = ["two"]
+    assert [adapter.scale for adapter in OutputHead.of(model).adapters] == [1.5]
+    for name in ("merged", "disable_adapters"):
+        switched = with_lora()
+        setattr(switched.lm_head, name, True)
+        assert OutputHead.of(switched).adapters == ()
+
+
+def dropout(layer: LoraLinear) -> None:
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.1)
+
+
+def bias(layer: LoraLinear) -> None:
+    layer.lora_B["default"].bias = torch.nn.Parameter(drawn(340))
+
+
+def dora(layer: LoraLinear) -> None:
+    layer.use_dora = {"default": True}
+
+
+def variant(layer: LoraLinear) -> None:
+    layer.lora_variant = {"default": object()}
+
+
+@pytest.mark.parametrize("more", [dropout, bias, dora, variant])
+def test_adapters_that_are_more_than_a_low_rank_addition_are_refused(more):
+    model = with_lora()
+    more(model.lm_head)
+    with pytest.raises(ConfigurationError, match=r"'default'.*lora_dropout to 0"):
+        OutputHead.of(model)
+
+
+def test_a_head_that_is_only_looked_at_has_no_gradient():
+    head = OutputHead.of(with_lora()).detached()
+    hidden = drawn(4, 32, seed=1)
+    assert not head.all_logits(hidden).requires_grad
+    assert_close(
+        head.all_logits(hidden), OutputHead.of(with_lora()).detached().all_logits(hidden) * 1.0, rtol=1, atol=9
+    )
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft calling transformers
+def test_lora_of_peft_itself_is_seen_through():
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj", "lm_head"])
+    model = peft.get_peft_model(tiny_model("qwen2-untied"), settings).get_base_model().double()
+    for parameter in model.lm_head.lora_B.parameters():  # fresh adapters add nothing
+        torch.nn.init.normal_(parameter)
+    assert_head_is_the_models_own(model, dict(model.lm_head.named_parameters()))
+    check_head(model, "adapted")
+    dora = peft.LoraConfig(r=3, target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(ConfigurationError, match="DoRA"):
+        OutputHead.of(peft.get_peft_model(tiny_model("qwen2-untied"), dora).get_base_model())
