@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import head as head_module
-from lsm_lightning.objectives.head import OutputHead, check_head, gather_logits
+from lsm_lightning.objectives.head import Adapter, OutputHead, check_head, gather_logits
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -51,9 +51,24 @@ def test_chunking_changes_neither_logits_nor_gradients(monkeypatch, elements):
         assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_no_position_has_no_logits():
-    _, weight, bias, _ = inputs()
-    assert gather_logits(drawn(0, 6), weight, torch.zeros(0, 4, dtype=torch.long), bias).shape == (0, 4)
+@pytest.mark.parametrize("n", [0, 1, 9])
+@pytest.mark.parametrize("k", [0, 1, 40])
+def test_no_position_and_no_token_have_no_gradient(n, k):
+    hidden, weight, bias, ids = inputs(n=n, k=k)
+    logits = gather_logits(hidden, weight, ids, bias)
+    assert logits.shape == (n, k)
+    ours = gradients(logits, hidden, weight)
+    for mine, true in zip(ours, gradients((hidden @ weight.T + bias).gather(1, ids), hidden, weight), strict=True):
+        assert_close(mine, true)
+    assert (ours[1].abs().sum() > 0) == (n * k > 0)
+
+
+def test_a_token_of_every_support_collects_the_gradients_of_all_positions():
+    hidden, weight, _, ids = inputs()
+    logits = gather_logits(hidden, weight, torch.full_like(ids, 7))
+    (of_weight,) = torch.autograd.grad(logits.sum(), weight)
+    assert_close(of_weight[7], ids.shape[1] * hidden.detach().sum(0))
+    assert of_weight.count_nonzero() == weight.shape[1]
 
 
 def heads() -> list[OutputHead]:
@@ -62,22 +77,40 @@ def heads() -> list[OutputHead]:
         OutputHead(weight=weight),
         OutputHead(weight=weight, bias=bias),
         OutputHead(weight=weight, scale=0.25),
-        OutputHead(weight=weight, bias=bias, scale=3.0, soft_cap=2.0),
+        OutputHead(weight=weight, bias=bias, adapters=(lora(),), scale=3.0, soft_cap=2.0),
     ]
 
 
+def lora() -> Adapter:
+    return Adapter(down=drawn(2, 6, seed=5).requires_grad_(), up=drawn(20, 2, seed=6).requires_grad_(), scale=0.5)
+
+
+def leaves_of(head: OutputHead) -> list[Tensor]:
+    adapted = [matrix for adapter in head.adapters for matrix in (adapter.down, adapter.up)]
+    return [head.weight, *adapted] if head.bias is None else [head.weight, head.bias, *adapted]
+
+
 @pytest.mark.parametrize("head", heads(), ids=["plain", "bias", "scale", "everything"])
-@pytest.mark.parametrize("elements", [1, 45, 10**6], ids="elements={}".format)
-def test_log_normaliser_and_its_gradient_are_those_of_logsumexp(monkeypatch, head, elements):
+@pytest.mark.parametrize(("elements", "positions"), [(1, 4), (45, 100), (45, 4), (64, 1), (10**6, 4)])
+def test_log_normaliser_and_its_gradient_are_those_of_logsumexp(monkeypatch, head, elements, positions):
     monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
+    monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
     hidden = inputs()[0]
-    full = head.all_logits(hidden)
-    leaves = (hidden, head.weight)
-    assert_close(head.log_normaliser(hidden), full.exp().sum(-1).log())
-    for ours, theirs in zip(
-        gradients(head.log_normaliser(hidden), *leaves), gradients(full.exp().sum(-1).log(), *leaves), strict=True
-    ):
+    leaves = (hidden, *leaves_of(head))
+    full = head.all_logits(hidden).exp().sum(-1).log()
+    tiled = head.log_normaliser(hidden)
+    assert_close(tiled, full)
+    for ours, theirs in zip(gradients(tiled, *leaves), gradients(full, *leaves), strict=True):
         assert_close(ours, theirs)
+    with torch.no_grad():
+        assert_close(head.log_normaliser(hidden), full.detach(), rtol=0, atol=1e-12)
+
+
+def test_no_position_has_no_normaliser():
+    hidden, weight, _, _ = inputs(n=0)
+    normaliser = OutputHead(weight=weight).log_normaliser(hidden)
+    assert normaliser.shape == (0,)
+    assert_close(torch.autograd.grad(normaliser.sum(), weight)[0], torch.zeros_like(weight))
 
 
 @pytest.mark.parametrize("head", heads(), ids=["plain", "bias", "scale", "everything"])
@@ -187,13 +220,14 @@ def test_no_more_than_a_chunk_exists_at_once(monkeypatch, normalised):
     n, d, v, k = 400, 8, 500, 4
     for name in ("GATHER_ELEMENTS", "NORMALISER_ELEMENTS"):
         monkeypatch.setattr(head_module, name, 2 * v)
+    monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", 40)
     hidden, weight = drawn(n, d, seed=1).requires_grad_(), drawn(v, d, seed=2).requires_grad_()
     ids = torch.randint(v, (n, k), generator=torch.Generator().manual_seed(4))
     head = OutputHead(weight=weight, bias=drawn(v).requires_grad_(), soft_cap=30.0)
     assert largest(head, hidden, ids, normalised=normalised) <= v * d  # the weight and its gradient
     monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", n * v)
     if normalised:
-        assert largest(head, hidden, ids, normalised=True) == n * v  # the watch can see it
+        assert largest(head, hidden, ids, normalised=True) == 40 * v  # the watch can see it
 
 
 # ---- half precision -------------------------------------------------------------------------------------------------
