@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,36 +14,75 @@ token_lists = st.lists(st.integers(1, 99), max_size=6)
 rows_of_tokens = st.lists(st.tuples(token_lists.filter(len), token_lists), min_size=1, max_size=6)
 
 
-@given(rows_of_tokens)
-def test_every_response_token_is_predicted_from_the_place_before_it(rows):
+LAYOUTS = {"padded": TokenBatch.pad, "packed": TokenBatch.pack}
+
+
+@pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
+@given(rows=rows_of_tokens)
+def test_every_response_token_is_predicted_from_the_place_before_it(lay, rows):
     prompts, responses = zip(*rows, strict=True)
-    batch = TokenBatch.pad(prompts, responses, CPU)
-    for row, (prompt, response) in enumerate(rows):
-        assert batch.ids[row, : len(prompt) + len(response)].tolist() == [*prompt, *response]
-        assert (batch.ids[row, len(prompt) + len(response) :] == 0).all()
-        assert batch.targets[batch.row == row].tolist() == response
-        assert batch.column[batch.row == row].tolist() == list(range(len(prompt) - 1, len(prompt) + len(response) - 1))
-    if len(batch.targets):
-        assert (batch.row.diff() >= 0).all()
-        assert batch.ids[batch.row, batch.column + 1].tolist() == batch.targets.tolist()
+    batch = lay(prompts, responses, CPU)
+    assert batch.targets.tolist() == [token for response in responses for token in response]
+    assert batch.sequence.tolist() == [number for number, response in enumerate(responses) for _ in response]
+    at = 0
+    for prompt, response in rows:
+        for place in range(len(response)):
+            row, column = batch.row[at].item(), batch.column[at].item()
+            seen = batch.ids[row, column + 1 - len(prompt) - place : column + 1].tolist()
+            assert seen == [*prompt, *response[:place]]
+            if batch.position_ids is not None:
+                assert batch.position_ids[row, column] == len(prompt) + place - 1
+            at += 1
+
+
+@given(rows_of_tokens)
+def test_padding_stands_on_the_right_and_packing_needs_none(rows):
+    prompts, responses = zip(*rows, strict=True)
+    flat = [token for row in rows for part in row for token in part]
+    padded, packed = (lay(prompts, responses, CPU) for lay in LAYOUTS.values())
+    for row, ids in zip(rows, padded.ids, strict=True):
+        length = sum(map(len, row))
+        assert ids[:length].tolist() == [*row[0], *row[1]]
+        assert (ids[length:] == 0).all()
+    assert packed.ids.tolist() == [flat]
+    assert packed.position_ids.tolist() == [[place for row in rows for place in range(sum(map(len, row)))]]
+
+
+PROMPTS, RESPONSES = [random_ids(1, 3), random_ids(2, 20), random_ids(5, 1)], [random_ids(3, 4), random_ids(4, 9), []]
+
+
+def apart(model):
+    """Hidden states of one sequence at a time."""
+    return torch.cat(
+        [hidden_states(model, TokenBatch.pad([p], [r], CPU)) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    )
+
+
+@pytest.mark.parametrize("lay", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_hidden_states_do_not_depend_on_the_neighbours(family, lay):
+    model = tiny_model(family).double()
+    with torch.no_grad():
+        # Some families normalise in float32 whatever they are cast to.
+        assert_close(hidden_states(model, lay(PROMPTS, RESPONSES, CPU)), apart(model), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_hidden_states_do_not_depend_on_padding(family):
+def test_without_positions_packed_sequences_would_read_each_other(family):
     model = tiny_model(family).double()
-    prompts, responses = [random_ids(1, 3), random_ids(2, 20)], [random_ids(3, 4), random_ids(4, 9)]
+    packed = replace(TokenBatch.pack(PROMPTS, RESPONSES, CPU), position_ids=None)
     with torch.no_grad():
-        together = hidden_states(model, TokenBatch.pad(prompts, responses, CPU))
-        alone = [hidden_states(model, TokenBatch.pad([p], [r], CPU)) for p, r in zip(prompts, responses, strict=True)]
-    assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-6)
+        assert (hidden_states(model, packed) - apart(model)).abs().max() > 0.01
 
 
-@given(st.lists(st.integers(1, 50), max_size=20), st.integers(1, 120))
-def test_groups_hold_everything_once_and_stay_small(lengths, max_tokens):
-    groups = group_by_length(lengths, max_tokens)
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+@given(lengths=st.lists(st.integers(1, 50), max_size=20), max_tokens=st.integers(1, 120))
+def test_groups_hold_everything_once_and_stay_small(packed, lengths, max_tokens):
+    groups = group_by_length(lengths, max_tokens, packed=packed)
     assert sorted(i for group in groups for i in group) == list(range(len(lengths)))
     for group in groups:
-        assert len(group) * max(lengths[i] for i in group) <= max_tokens or len(group) == 1
+        sizes = [lengths[i] for i in group]
+        assert len(group) == 1 or (sum(sizes) if packed else len(sizes) * max(sizes)) <= max_tokens
     flat = [lengths[i] for group in groups for i in group]
     assert flat == sorted(flat)
 
