@@ -200,21 +200,23 @@ LAYOUTS: dict[str, dict[str, object]] = {
     "packed, 2 at once": {"packed": True, "at_once": 2},
     "left padded": {"left": True},
     "left padded, 2 at once": {"left": True, "at_once": 2},
-    "chunks of 1 position": {"elements": 1},
-    "chunks of few positions": {"elements": 3000},
+    "few rows gathered": {"head": {"GATHER_ELEMENTS": 3000}},
+    "one position gathered": {"head": {"GATHER_ELEMENTS": 1}},
+    "tiles of few tokens": {"head": {"NORMALISER_ELEMENTS": 3000}},
+    "tiles of few positions": {"head": {"NORMALISER_ELEMENTS": 3000, "NORMALISER_POSITIONS": 7}},
 }
 
 
 def laid_out(
     patch: pytest.MonkeyPatch, student: PreTrainedModel, objective: Objective, taught: Lesson, *,
-    left: bool = False, elements: int | None = None, **options: object,
+    left: bool = False, head: dict[str, int] | None = None, **options: object,
 ) -> Step:  # fmt: skip
-    """The same step otherwise laid out."""
+    """The same step otherwise laid out; `head` are constants of its module."""
     with patch.context() as inside:
         if left:
             inside.setattr(update_module, "hidden_states", left_padded)
-        for name in ("GATHER_ELEMENTS", "NORMALISER_ELEMENTS") if elements else ():
-            inside.setattr(head_module, name, elements)
+        for name, size in (head or {}).items():
+            inside.setattr(head_module, name, size)
         return step(student, objective, taught, **options)
 
 
@@ -259,9 +261,13 @@ def a_chunk_is_forgotten(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(head_module, "_chunks", lambda ids, weight: [*right(ids, weight)][1:] or right(ids, weight))
 
 
-def normalised_by_chunk(patch: pytest.MonkeyPatch) -> None:
+def normalised_by_tile(patch: pytest.MonkeyPatch) -> None:
     right = OutputHead._log_sum_exp
-    patch.setattr(OutputHead, "_log_sum_exp", lambda head, hidden: right(head, hidden) + len(hidden) / 1000)
+
+    def wrong(head: OutputHead, hidden: Tensor) -> Tensor:
+        return right(head, hidden) + len(hidden) * len(head.weight) / 1e6
+
+    patch.setattr(OutputHead, "_log_sum_exp", wrong)
 
 
 @pytest.mark.parametrize(
@@ -269,8 +275,9 @@ def normalised_by_chunk(patch: pytest.MonkeyPatch) -> None:
     [
         (no_positions, "packed"),
         (no_attention_mask, "left padded"),
-        (a_chunk_is_forgotten, "chunks of few positions"),
-        (normalised_by_chunk, "chunks of few positions"),
+        (a_chunk_is_forgotten, "few rows gathered"),
+        (normalised_by_tile, "tiles of few tokens"),
+        (normalised_by_tile, "tiles of few positions"),
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
