@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -33,18 +34,18 @@ CORPUS = [
 ] * 3
 
 
-def train_bpe() -> Tokenizer:
+def train_bpe(corpus: Sequence[str] = CORPUS, size: int = 340) -> Tokenizer:
     """Byte-level BPE over one vocabulary that holds every control token and tag of both sides."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340,
+        vocab_size=size,
         special_tokens=[*SPECIAL, *THINK_TAGS],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.train_from_iterator(corpus, trainer)
     return tokenizer
 
 

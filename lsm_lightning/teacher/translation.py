@@ -151,10 +151,10 @@ class Translation:
     def _look_up(
         self, log_probs: Float[Tensor, "n v"], added: Int[Tensor, "n c"], top: Int[Tensor, "n k"]
     ) -> Float[Tensor, "n c"]:
-        """-inf for an id that the teacher lacks, or that is there already."""
-        theirs = self.to_teacher[added]
+        """-inf for an id that the teacher lacks, or whose meaning is there already, be it under another id."""
+        theirs, of_top = self.to_teacher[added], self.to_teacher[top.clamp(min=0)].masked_fill(top < 0, -1)
         values = log_probs.gather(-1, theirs.clamp(min=0))
         place = torch.arange(added.shape[1], device=added.device)
-        repeated = ((added.unsqueeze(-1) == added.unsqueeze(-2)) & (place < place.unsqueeze(-1))).any(-1)
-        there = (added.unsqueeze(-1) == top.unsqueeze(-2)).any(-1)
+        repeated = ((theirs.unsqueeze(-1) == theirs.unsqueeze(-2)) & (place < place.unsqueeze(-1))).any(-1)
+        there = (theirs.unsqueeze(-1) == of_top.unsqueeze(-2)).any(-1)
         return values.masked_fill((theirs < 0) | there | repeated, -torch.inf)
