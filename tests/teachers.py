@@ -18,7 +18,7 @@ TEXTS = ["river stone", "<think>7+5=12</think> \\boxed{12}", "apple", "say <thin
 
 
 def teacher_at(
-    folder: Path,
+    folder: Path | str,
     student: PreTrainedTokenizerFast,
     *,
     vocabulary: int = VOCABULARY,

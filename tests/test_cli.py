@@ -54,7 +54,7 @@ def test_the_seed_is_one_setting(settings, run, built, tmp_path):
 def test_settings_can_be_given_on_the_command_line(settings, run, built, tmp_path):
     assert run(*write(settings, tmp_path), "--model.objective.init_args.k", "5", "--data.prompts_per_step", "3") == 0
     model, data = built
-    assert model.objective.support_size == 5
+    assert model.objective.teacher_tokens == 5
     assert data.prompts_per_step == {"sums": 3}
 
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
+from teachers import asked, teacher_at
 
 from lsm_lightning.cli import TRAINER_DEFAULTS
 from lsm_lightning.datamodule import AlternatingTasks
@@ -21,6 +22,7 @@ from lsm_lightning.rollout.collect import Player
 from lsm_lightning.tasks.alfworld import AlfworldGames
 from lsm_lightning.tasks.math import AdditionProblems, sample_problem, worked_answer
 from lsm_lightning.teacher import LocalTeacher
+from lsm_lightning.types import Support, Turn
 from tokenalign import Pair, Relation
 
 ROOT = Path(__file__).parent.parent
@@ -65,12 +67,25 @@ def test_student_and_teachers_share_a_vocabulary_and_spell_tags_and_turn_ends_di
     assert pair.report().policy == "tags"
 
 
-def test_the_mask_leaves_out_the_spelling_and_keeps_the_reasoning():
-    teacher = LocalTeacher("embedded:math-teacher")
+@pytest.fixture(scope="module")
+def answered() -> tuple[Player, list[Turn]]:
+    """The student, and what it wrote."""
     student = player_of("student")
-    teacher.setup(student.tokenizer, len(student.tokenizer), torch.device("cpu"))
-    messages = [[{"role": "user", "content": sample_problem(0, "train", 0, 3).question}]]
-    (turn,) = student.answer(messages, seeds=[0], max_new_tokens=64)
+    messages = [[{"role": "user", "content": sample_problem(0, "train", i, 3).question}] for i in range(16)]
+    return student, student.answer(messages, seeds=range(16), max_new_tokens=64)
+
+
+def scored(answered: tuple[Player, list[Turn]], *, respell: bool) -> tuple[LocalTeacher, Support]:
+    """What the math teacher says to it."""
+    student, turns = answered
+    vocabulary = len(student.tokenizer)
+    teacher = teacher_at("embedded:math-teacher", student.tokenizer, vocabulary=vocabulary, respell=respell, tokens=32)
+    return teacher, asked(teacher, turns)
+
+
+def test_the_mask_leaves_out_the_spelling_and_keeps_the_reasoning(answered):
+    student, (turn, *_) = answered
+    teacher, _ = scored(answered, respell=False)
     keep = loss_mask(teacher.pair, [turn], "tags").keep
     pieces = [student.tokenizer.decode([i]) for i in turn.completion.ids]
     dropped = [piece for piece, kept in zip(pieces, keep.tolist(), strict=True) if not kept]
@@ -78,18 +93,35 @@ def test_the_mask_leaves_out_the_spelling_and_keeps_the_reasoning():
     assert keep.sum() > 20
 
 
-def test_the_teacher_prefers_its_own_spelling_and_reads_the_students():
+def test_repair_leaves_out_only_what_lies_inside_a_tag(answered):
+    """Its start is comparable, and so is the end of the turn."""
+    student, (turn, *_) = answered
+    _, support = scored(answered, respell=True)
+    comparable = support.comparable[: len(turn.completion.ids)]
+    pieces = [student.tokenizer.decode([i]) for i in turn.completion.ids]
+    dropped = [piece for piece, kept in zip(pieces, comparable.tolist(), strict=True) if not kept]
+    assert dropped == ["think", ">", "think", ">"]
+
+
+def test_the_teacher_prefers_its_own_spelling_and_reads_the_students(answered):
     """What makes the mask matter: at the first tag the teacher gives the student's spelling little probability."""
-    teacher, student = LocalTeacher("embedded:math-teacher"), player_of("student")
-    teacher.setup(student.tokenizer, len(student.tokenizer), torch.device("cpu"))
-    messages = [[{"role": "user", "content": sample_problem(0, "train", i, 3).question}] for i in range(16)]
-    turns = student.answer(messages, seeds=range(16), max_new_tokens=64)
-    support = teacher.score(turns, 32)
+    teacher, support = scored(answered, respell=False)
+    _, turns = answered
     keep = loss_mask(teacher.pair, turns, "tags").keep
     first = torch.tensor([0, *[len(turn.completion.ids) for turn in turns[:-1]]]).cumsum(0)
     assert support.sampled[first].exp().max() < 0.2
     best_kept = support.log_probs[keep][:, 0].exp()
     assert best_kept.median() > 0.95
+
+
+def test_in_its_own_spelling_the_teacher_is_surer_and_knows_how_to_end(answered):
+    plain, repaired = (scored(answered, respell=respell)[1] for respell in (False, True))
+    both = plain.comparable & repaired.comparable
+    surest = [support.log_probs[both].max(-1).values.exp().mean().item() for support in (plain, repaired)]
+    assert surest[1] > surest[0]
+    student, turns = answered
+    ends = torch.tensor([i in student.turn_end for turn in turns for i in turn.completion.ids])
+    assert repaired.sampled[ends].exp().median() > 0.9
 
 
 def test_the_math_teacher_is_good_and_the_student_is_not():

@@ -7,7 +7,7 @@ from lsm_lightning.types import Completion, Prompt, Turn
 from tokenalign import Pair
 
 ANSWERS = ["river stone", "<think>7+5=12</think> \\boxed{12}", "apple", "say <think>thinking"]
-POLICIES = ["none", "paper", "tags", "canonical", "strict"]
+POLICIES = ["repair", "none", "paper", "tags", "canonical", "strict"]
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,22 @@ def pieces(tokenizer, turns: list[Turn], keep: torch.Tensor) -> list[str]:
     return [tokenizer.convert_ids_to_tokens(i) for i, kept in zip(flat, keep.tolist(), strict=True) if not kept]
 
 
-def test_no_policy_keeps_every_position(pair, written):
-    mask = loss_mask(pair, written, "none")
+@pytest.mark.parametrize("policy", ["repair", "none"])
+def test_neither_repair_nor_no_policy_leaves_anything_out(pair, written, policy):
+    mask = loss_mask(pair, written, policy)
     assert mask.keep.tolist() == [True] * sum(len(turn.completion.ids) for turn in written)
+
+
+def test_a_token_that_the_teacher_lacks_counts_only_where_it_reads_its_own_spelling(
+    student_tokenizer, teacher_tokenizer
+):
+    """It could not read the id; its own spelling tells whether it can say anything there (`Support.comparable`)."""
+    padded = Pair(student_tokenizer, teacher_tokenizer, student_size=352, teacher_size=352)
+    turns = [as_turn([60, 351, 61])]
+    for policy in POLICIES:
+        mask = loss_mask(padded, turns, policy)
+        assert mask.keep.tolist() == [True, policy == "repair", True]
+        assert mask.reasons["UNMAPPED"] == 1
 
 
 def test_tags_drops_the_pieces_of_tags_and_the_end_of_turn(pair, written, student_tokenizer):
