@@ -1,12 +1,11 @@
-"""Where a step's time goes, and what the two shortcuts of a step save, as ratios measured side by side in one run.
+"""Where a step's time goes, and what sharing prompts in a rollout saves, measured side by side in one run.
 
     python scripts/bench_step.py            # about a minute on one core; writes runs/bench_step.json
 
 1. The phases of one step of each task of configs/quickstart.yaml, on the embedded models.
-2. The head: forward and backward of K=32 logits a position against log-softmax over the whole vocabulary, at the
-   sizes of a 135 M model (d=576, V=49,152).
-3. Rollouts: `LocalEngine` against `model.generate` of transformers, same student, prompts and sampling.
+2. Rollouts: `LocalEngine` against `model.generate` of transformers, same student, prompts and sampling.
 
+The output head has a bench of its own, `bench_head.py`.
 Seconds are the best of several runs; compare inside a table, not across machines.
 """
 
@@ -21,13 +20,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.nn.functional import linear
 
 from lsm_lightning.masks import loss_mask
 from lsm_lightning.objectives import LocalSupportMatching
-from lsm_lightning.objectives.functional import support_divergence
-from lsm_lightning.objectives.head import OutputHead, gather_logits
+from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.pretrained import load_model, load_tokenizer, render, turn_end_ids
+from lsm_lightning.reductions import position_weights
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.rollout.collect import Player, collect
@@ -66,7 +64,8 @@ def bench_phases() -> list[dict[str, Any]]:
     for name, (task, prompts, samples) in tasks.items():
         task.setup()
         teacher = LocalTeacher(f"embedded:{name}-teacher")
-        teacher.setup(tokenizer, OutputHead.of(student).weight.shape[0], torch.device("cpu"))
+        vocabulary = OutputHead.of(student).weight.shape[0]
+        teacher.setup(tokenizer, vocabulary=vocabulary, respell=True, tokens=K, device=torch.device("cpu"))
         for step in range(2):  # the first one warms up
             clock = [time.perf_counter()]
             player.engine.sync(student)
@@ -81,14 +80,21 @@ def bench_phases() -> list[dict[str, Any]]:
                 for turn in trajectory.turns
             ]
             clock.append(time.perf_counter())
-            support = teacher.score(turns, K)
+            lengths = torch.tensor([len(turn.completion.ids) for turn in turns])
+            support = teacher.score(turns, torch.zeros((int(lengths.sum()), 0), dtype=torch.long))
             clock.append(time.perf_counter())
-            mask = loss_mask(teacher.pair, turns, "tags")
+            keep = loss_mask(teacher.pair, turns, "repair").keep & support.comparable
             clock.append(time.perf_counter())
+            turn = torch.arange(len(turns)).repeat_interleave(lengths)
             accumulate_gradients(
-                student, objective, turns, support, mask.keep, groups=micro_batches(turns, 8192),
-                scale=1 / int(mask.keep.sum()), backward=lambda loss: loss.backward(),
-            )  # fmt: skip
+                student,
+                objective,
+                turns,
+                support,
+                position_weights("token_mean", keep, turn=turn, task=torch.zeros_like(turn), tasks=1),
+                groups=micro_batches(turns, 8192),
+                backward=lambda loss: loss.backward(),
+            )
             clock.append(time.perf_counter())
         spent = [after - before for before, after in pairwise(clock)]
         names = ("rollout", "teacher", "mask", "update")
@@ -97,38 +103,6 @@ def bench_phases() -> list[dict[str, Any]]:
             | dict(zip(names, spent, strict=True))
         )
     return rows
-
-
-def bench_head() -> list[dict[str, Any]]:
-    """Forward and backward of the loss from hidden states, K rows against all rows."""
-    return [_bench_head(positions) for positions in (512, 2048)]  # one chunk of positions, and several
-
-
-def _bench_head(positions: int, width: int = 576, vocabulary: int = 49_152) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(positions, width, generator=generator, requires_grad=True)
-    weight = torch.randn(vocabulary, width, generator=generator).div_(width**0.5).requires_grad_()
-    ids = torch.randint(vocabulary, (positions, K), generator=generator)
-    teacher = torch.randn(positions, K, generator=generator)
-
-    def k_rows() -> float:
-        return _backward(support_divergence(gather_logits(hidden, weight, ids), teacher).sum(), hidden, weight)
-
-    def all_rows() -> float:
-        log_probs = linear(hidden, weight).log_softmax(-1)
-        return _backward(support_divergence(log_probs.gather(-1, ids), teacher).sum(), hidden, weight)
-
-    relative = abs(k_rows() - all_rows()) / abs(all_rows())
-    seconds = {"K rows": best(k_rows), "all logits": best(all_rows)}
-    faster = seconds["all logits"] / seconds["K rows"]
-    return {"positions": positions, **seconds, "times faster": faster, "loss differs by": relative}
-
-
-def _backward(loss: torch.Tensor, *leaves: torch.Tensor) -> float:
-    for leaf in leaves:
-        leaf.grad = None
-    loss.backward()  # type: ignore[no-untyped-call]
-    return loss.item()
 
 
 def bench_rollout(prompts: int = 64, samples: int = 4) -> list[dict[str, Any]]:
@@ -167,7 +141,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the three measurements, print them, write them down."""
+    """Run the two measurements, print them, write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_step.json"))
     parser.add_argument("--threads", type=int, default=1)
@@ -176,7 +150,6 @@ def main() -> None:
     results: dict[str, Any] = {"threads": arguments.threads}
     for title, run in {
         "One step of the quickstart, seconds by phase": bench_phases,
-        "Loss from hidden states, forward and backward, seconds (d=576, V=49,152, K=32)": bench_head,
         "Rollouts of 64 prompts × 4 samples, embedded student": bench_rollout,
     }.items():
         results[title] = run()
