@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 
-GATHER_ELEMENTS = 2**21
-"""At most so many weights are gathered at once (8 MiB in float32: they stay in a processor's cache)."""
+GATHER_ELEMENTS = 2**20
+"""At most so many weights are gathered at once (4 MiB in float32: they stay in a processor's cache)."""
+GATHER_ELEMENTS_GPU = 2**24
+"""The same on a GPU, where a small chunk is computed before the next one is launched."""
 NORMALISER_ELEMENTS = 2**23
 """At most so many logits exist at once while the normaliser is computed (32 MiB in float32)."""
 NORMALISER_POSITIONS = 4096
@@ -117,7 +119,8 @@ def _wide(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _chunks(ids: Int[Tensor, "n k"], weight: Float[Tensor, "v d"]) -> Iterator[slice]:
     """Positions to be handled together."""
-    rows = max(1, GATHER_ELEMENTS // max(1, ids.shape[1] * weight.shape[1]))
+    elements = GATHER_ELEMENTS if weight.device.type == "cpu" else GATHER_ELEMENTS_GPU
+    rows = max(1, elements // max(1, ids.shape[1] * weight.shape[1]))
     for first in range(0, len(ids), rows):
         yield slice(first, first + rows)
 
