@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
-from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -25,7 +24,7 @@ from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.head import OutputHead, check_head
-from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, turn_end_ids
+from lsm_lightning.pretrained import DType, check_model, check_vocabulary, load_model, load_tokenizer, turn_end_ids
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
@@ -43,7 +42,7 @@ class OnPolicyDistillation(LightningModule):
     Args:
         student: An embedded model (`embedded:student`), a folder in transformers format, or a hub id.
         teachers: Task name → teacher; one for each task of the data module.
-        objective: What is compared, and how.
+        objective: What is compared, and how; null is `LocalSupportMatching` as in the paper.
         engine: Writes the rollouts; null is a `LocalEngine`.
         sampling: How rollouts draw tokens.
         eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
@@ -66,7 +65,7 @@ class OnPolicyDistillation(LightningModule):
         self,
         student: str,
         teachers: dict[str, Teacher],
-        objective: Objective = lazy_instance(LocalSupportMatching),
+        objective: Objective | None = None,
         engine: Engine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling = Sampling(),
@@ -90,7 +89,7 @@ class OnPolicyDistillation(LightningModule):
             )
         self.student_name = student
         self.teachers = teachers
-        self.objective = objective
+        self.objective = LocalSupportMatching() if objective is None else objective
         self.engine = LocalEngine() if engine is None else engine
         self.sampling = sampling
         self.eval_sampling = eval_sampling
@@ -143,8 +142,14 @@ class OnPolicyDistillation(LightningModule):
             self.student = load_model(self.student_name, self.dtype_name)
             self.turn_end = turn_end_ids(self.student, self.tokenizer)
             check_head(self.student, self.student_name)
+            check_vocabulary(self.student, self.tokenizer, self.student_name)
             self.student.train()
             vocabulary = OutputHead.of(self.student).weight.shape[0]
+            if self.objective.student_tokens > vocabulary:
+                raise ConfigurationError(
+                    f"A support of k={self.objective.student_tokens} tokens was asked for, but the student "
+                    f"'{self.student_name}' has only {vocabulary}. Lower the objective's k."
+                )
             for teacher in self.teachers.values():
                 teacher.setup(
                     self.tokenizer,

@@ -86,9 +86,35 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
         ConfigurationError: The model cannot be loaded.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
+    # Weights of other shapes are let through for a moment, since the error about them does not say which.
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    model: PreTrainedModel
+    report: dict[str, Any]
     with _loading("model", name):
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(locate(name), **options)
+        model, report = AutoModelForCausalLM.from_pretrained(locate(name), **options)
+        for weight, found, expected in sorted(report["mismatched_keys"]):
+            raise ValueError(f"{weight} is {list(found)} in its weights and {list(expected)} by its config.json.")
+        for weight in sorted(report["missing_keys"]):
+            raise ValueError(f"{weight} is not among its weights.")
     return model.eval()
+
+
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Make sure that the model knows what its tokenizer writes.
+
+    Tokens that were added to the tokenizer may lie beyond the model: some models come with one for images, say, that
+    no text makes.
+
+    Raises:
+        ConfigurationError: An ordinary token has no row in the model's embedding.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    if tokenizer.vocab_size > rows:
+        raise ConfigurationError(
+            f"The tokenizer of '{name}' has {tokenizer.vocab_size} tokens, and its model {rows} rows for them: they do "
+            "not belong together. Put the tokenizer that the model was trained with into its folder."
+        )
 
 
 def check_model(name: str) -> None:

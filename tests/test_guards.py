@@ -1,6 +1,9 @@
 """What stops a run in order, and what a run must survive."""
 
+import json
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
+from tiny import TEACHER_END, chat_tokenizer, save_tiny, tiny_model, train_bpe
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lsm_lightning import module as module_module
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import SKIPPED_STEPS_ALLOWED, OnPolicyDistillation
+from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.pretrained import load_tokenizer
 from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
@@ -102,6 +108,150 @@ def test_values_that_cannot_work_are_told_in_one_line(run, arguments, capsys, wr
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ")
     assert told in line
+
+
+# ---- models that do not fit -----------------------------------------------------------------------------------------
+
+Folders = dict[str, Path]
+"""The student's and the teacher's."""
+
+
+def respoil(folder: Path, spoil: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change a model's weights."""
+    weights = load_file(folder / "model.safetensors")
+    spoil(weights)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def weights_with(value: float, folder: Path) -> None:
+    respoil(folder, lambda weights: weights["model.embed_tokens.weight"].index_fill_(0, torch.tensor([50]), value))
+
+
+def not_a_number_in_the_teacher(folders: Folders) -> None:
+    weights_with(torch.nan, folders["teacher"])
+
+
+def infinity_in_the_teacher(folders: Folders) -> None:
+    weights_with(torch.inf, folders["teacher"])
+
+
+def not_a_number_in_the_student(folders: Folders) -> None:
+    weights_with(torch.nan, folders["student"])
+
+
+def narrower(folder: Path) -> None:
+    """Weights of another width than the configuration says."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 48, "head_dim": 16}))
+
+
+def another_width_in_the_teacher(folders: Folders) -> None:
+    narrower(folders["teacher"])
+
+
+def another_width_in_the_student(folders: Folders) -> None:
+    narrower(folders["student"])
+
+
+def fewer_rows(folder: Path) -> None:
+    """An output matrix that is smaller than the tokenizer."""
+    tiny_model(vocabulary=300, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+
+
+def ids_beyond_the_student(folders: Folders) -> None:
+    fewer_rows(folders["student"])
+
+
+def ids_beyond_the_teacher(folders: Folders) -> None:
+    fewer_rows(folders["teacher"])
+
+
+def another_vocabulary(folders: Folders) -> None:
+    save_tiny(folders["teacher"], chat_tokenizer(train_bpe(["another text altogether"] * 3, 300), TEACHER_END))
+
+
+UNFIT: list[tuple[Callable[[Folders], None], list[str]]] = [
+    (not_a_number_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
+    (infinity_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
+    (not_a_number_in_the_student, ["{student}", "not finite", "dtype"]),
+    (another_width_in_the_teacher, ["{teacher}", "cannot be loaded", "32", "48"]),
+    (another_width_in_the_student, ["{student}", "cannot be loaded", "32", "48"]),
+    (ids_beyond_the_student, ["{student}", "340 tokens", "300 rows"]),
+    (ids_beyond_the_teacher, ["{teacher}", "340 tokens", "300 rows"]),
+    (another_vocabulary, ["student", "{teacher}", "differ", "model.mask to repair"]),
+]
+
+
+@pytest.fixture
+def folders(settings, student_folder, teacher_folder, tmp_path) -> Folders:
+    """Copies to be spoilt, which the settings name."""
+    copies = {
+        "student": Path(shutil.copytree(student_folder, tmp_path / "a-student")),
+        "teacher": Path(shutil.copytree(teacher_folder, tmp_path / "a-teacher")),
+    }
+    settings["model"]["student"] = str(copies["student"])
+    settings["model"]["teachers"]["sums"]["init_args"]["path"] = str(copies["teacher"])
+    return copies
+
+
+@pytest.fixture
+def steps(monkeypatch) -> list[int]:
+    """Steps that were begun; none is gone through with."""
+    begun: list[int] = []
+
+    def training_step(self, batch, batch_idx):
+        begun.append(batch_idx)
+        raise ConfigurationError("a step was begun")
+
+    monkeypatch.setattr(OnPolicyDistillation, "training_step", training_step)
+    return begun
+
+
+@pytest.mark.parametrize("mask", ["tags", "repair"])
+@pytest.mark.parametrize(("spoil", "told"), UNFIT, ids=[spoil.__name__ for spoil, _ in UNFIT])
+def test_models_that_do_not_fit_are_told_before_the_first_step(
+    settings, folders, steps, run, tmp_path, capsys, spoil, told, mask
+):
+    settings["model"]["mask"] = mask
+    spoil(folders)
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    capsys.readouterr()
+    assert run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    if spoil is another_vocabulary and mask == "repair":  # which is what the message advises
+        assert steps == [0]
+        return
+    assert steps == []
+    assert line.startswith("error: ")
+    for part in told:
+        assert part.format(**folders) in line
+
+
+@pytest.mark.parametrize("source", ["teacher", "student", "union", "sampled_added"])
+def test_a_support_larger_than_the_vocabulary_is_told_before_the_first_step(
+    settings, folders, steps, run, tmp_path, capsys, source
+):
+    settings["model"]["objective"]["init_args"] = {"k": 341, "source": source}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert steps == []
+    for part in ("error: ", "k=341", "student", "Lower the objective's k"):
+        assert part in line
+
+
+def test_models_that_fit_begin_their_first_step(settings, folders, steps, run, tmp_path):
+    """The checks above can fail."""
+    settings["model"]["objective"]["init_args"] = {"k": 330, "source": "union"}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false")
+    assert steps == [0]
+
+
+def test_the_default_objective_is_the_papers(student_folder, teacher_folder):
+    module = OnPolicyDistillation(str(student_folder), {"sums": LocalTeacher(str(teacher_folder))})
+    assert isinstance(module.objective, LocalSupportMatching)
+    assert module.objective.teacher_tokens == 32
 
 
 def test_checkpoints_can_be_switched_off(run, arguments, tmp_path):

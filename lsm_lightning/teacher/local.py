@@ -11,7 +11,15 @@ from transformers import PreTrainedTokenizerBase
 from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead, check_head
-from lsm_lightning.pretrained import DType, check_model, load_model, load_tokenizer, render, turn_end_ids
+from lsm_lightning.pretrained import (
+    DType,
+    check_model,
+    check_vocabulary,
+    load_model,
+    load_tokenizer,
+    render,
+    turn_end_ids,
+)
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.local import LocalEngine
@@ -72,6 +80,7 @@ class LocalTeacher(Teacher):
         self.model = load_model(self.path, self.dtype).requires_grad_(False).eval()
         self.model.to(device)
         check_head(self.model, self.path)
+        check_vocabulary(self.model, self.tokenizer, self.path)
         self.head = OutputHead.of(self.model)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
         self.pair = self._pair(student, vocabulary)
