@@ -30,12 +30,26 @@ from pathlib import Path
 from statistics import linear_regression
 from typing import Any
 
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+
+from lsm_lightning.objectives.functional import support_divergence
+from lsm_lightning.objectives.head import OutputHead, gather_logits
+from lsm_lightning.teacher.local import LOGITS_AT_ONCE
+from lsm_lightning.teacher.translation import Translation
+from tokenalign import VocabMap
+
 ROOT = Path(__file__).resolve().parent.parent
 K = 32
 LENGTHS = (256, 1024, 4096, 16_384)
 MODELS = ((576, 49_152), (896, 151_936), (3584, 152_064))
 VOCABULARIES = (16_384, 65_536, 262_144)
-NEEDED = ("torch>=2.9,<2.14", "jaxtyping>=0.3", "transformers>=5.24")
+NEEDED = ("torch>=2.9,<2.14", "jaxtyping>=0.3", "rich>=13", "transformers>=5.24")
 PEERS = ("liger-kernel", "trl")
 CHUNK = 256
 """Positions a chunk of the checkpointed logits, as many as in TRL's top-K loss."""
@@ -65,74 +79,58 @@ class Inputs:
     """Random student and teacher of one case; what a method does not ask for is not made."""
 
     def __init__(self, case: Case) -> None:
-        import torch
-
         self.generator = torch.Generator().manual_seed(0)
         self.case = case
         shape = case.positions, K
         self.hidden = self.draw(case.positions, case.width).requires_grad_()
-        self.weight = self.draw(case.vocabulary, case.width, scale=case.width**-0.5).requires_grad_(
-            case.weight_gradient
-        )
+        self.weight = self.draw(case.vocabulary, case.width, scale=case.width**-0.5)
+        self.weight.requires_grad_(case.weight_gradient)
         self.ids = torch.randint(case.vocabulary, shape, generator=self.generator).to(case.device)
         self.teacher = torch.randn(shape, generator=self.generator).log_softmax(-1).to(case.device)
         if METHODS[case.method].group == "vocabulary":
             self.teacher_hidden = self.draw(case.positions, case.width)
             self.teacher_weight = self.draw(case.vocabulary, case.width, scale=case.width**-0.5)
 
-    def draw(self, rows: int, width: int, scale: float = 1.0) -> Any:
+    def draw(self, rows: int, width: int, scale: float = 1.0) -> Tensor:
         """Normal numbers, without a second copy of them in memory."""
-        import torch
-
         dtype = getattr(torch, self.case.dtype)
         return torch.randn(rows, width, generator=self.generator, dtype=dtype).mul_(scale).to(self.case.device)
 
 
-def ours(inputs: Inputs) -> Any:
+def ours(inputs: Inputs) -> Tensor:
     """K rows of the output matrix a position."""
-    from lsm_lightning.objectives.functional import support_divergence
-    from lsm_lightning.objectives.head import gather_logits
-
     return support_divergence(gather_logits(inputs.hidden, inputs.weight, inputs.ids), inputs.teacher).sum()
 
 
-def full_logits(inputs: Inputs) -> Any:
+def full_logits(inputs: Inputs) -> Tensor:
     """Log-softmax over the whole vocabulary, of which K entries are used."""
     return _full(inputs.hidden, inputs.weight, inputs.ids, inputs.teacher)
 
 
-def _full(hidden: Any, weight: Any, ids: Any, teacher: Any) -> Any:
-    from torch.nn.functional import linear
-
-    from lsm_lightning.objectives.functional import support_divergence
-
-    log_probs = linear(hidden, weight)
-    log_probs = log_probs.to(teacher.dtype).log_softmax(-1)
+def _full(hidden: Tensor, weight: Tensor, ids: Tensor, teacher: Tensor) -> Tensor:
+    log_probs = linear(hidden, weight).float().log_softmax(-1)
     return support_divergence(log_probs.gather(-1, ids), teacher).sum()
 
 
-def checkpointed_logits(inputs: Inputs) -> Any:
+def checkpointed_logits(inputs: Inputs) -> Tensor:
     """The same, some positions at a time, and computed once more in the backward pass."""
-    from torch.utils.checkpoint import checkpoint
-
     parts = zip(*(tensor.split(CHUNK) for tensor in (inputs.hidden, inputs.ids, inputs.teacher)), strict=True)
     return sum(checkpoint(_full, part, inputs.weight, *rest, use_reentrant=False) for part, *rest in parts)
 
 
-def trl_top_k(inputs: Inputs) -> Any:
+def trl_top_k(inputs: Inputs) -> Tensor:
     """TRL's loss over a teacher's top tokens: the same number, from checkpointed logits."""
-    import torch
     from trl.experimental.async_distillation import async_distillation_trainer as trainer
 
     return trainer._chunked_jsd_loss(
-        inputs.hidden,
-        inputs.weight,
-        None,
-        1.0,
-        None,
-        inputs.ids,
-        inputs.teacher,
-        torch.ones_like(inputs.ids, dtype=torch.bool),
+        hidden_valid=inputs.hidden,
+        lm_head_weight=inputs.weight,
+        lm_head_bias=None,
+        logit_scale=1.0,
+        final_logit_softcapping=None,
+        target_ids=inputs.ids,
+        teacher_target_logps=inputs.teacher,
+        valid_candidate_mask=torch.ones_like(inputs.ids, dtype=torch.bool),
         beta=1.0,
         temperature=1.0,
         add_tail_bucket=False,
@@ -142,13 +140,13 @@ def trl_top_k(inputs: Inputs) -> Any:
     )[0]
 
 
-def ours_with_teacher(inputs: Inputs) -> Any:
+def ours_with_teacher(inputs: Inputs) -> Tensor:
     """The teacher's top K from its hidden states, then our loss: as much work as whole-vocabulary losses include."""
     inputs.ids, inputs.teacher = _top_k(inputs.teacher_hidden, inputs.teacher_weight)
     return ours(inputs)
 
 
-def liger(inputs: Inputs) -> Any:
+def liger(inputs: Inputs) -> Tensor:
     """Liger's chunked loss (plain torch, compiled): reverse KL over the whole vocabulary, a mean over positions."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
@@ -157,7 +155,7 @@ def liger(inputs: Inputs) -> Any:
     return len(labels) * loss(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, labels)
 
 
-def liger_triton(inputs: Inputs) -> Any:
+def liger_triton(inputs: Inputs) -> Tensor:
     """Liger's Triton kernels for the same."""
     from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
 
@@ -166,7 +164,7 @@ def liger_triton(inputs: Inputs) -> Any:
     return len(labels) * loss(inputs.hidden, inputs.weight, inputs.teacher_hidden, inputs.teacher_weight, labels)
 
 
-def trl_vocabulary(inputs: Inputs) -> Any:
+def trl_vocabulary(inputs: Inputs) -> Tensor:
     """TRL's loss for a teacher in the same process: reverse KL over the whole vocabulary, in tiles."""
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -174,20 +172,12 @@ def trl_vocabulary(inputs: Inputs) -> Any:
     return ChunkedDivergenceFunction.apply(*student, *teacher, 1.0)[0].sum()
 
 
-def teacher_chunked(inputs: Inputs) -> Any:
+def teacher_chunked(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """What `LocalTeacher` does with hidden states."""
     return _top_k(inputs.hidden, inputs.weight)
 
 
-def _top_k(hidden: Any, weight: Any) -> tuple[Any, Any]:
-    import numpy as np
-    import torch
-
-    from lsm_lightning.objectives.head import OutputHead
-    from lsm_lightning.teacher.local import LOGITS_AT_ONCE
-    from lsm_lightning.teacher.translation import Translation
-    from tokenalign import VocabMap
-
+def _top_k(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         head, vocabulary = OutputHead(weight=weight), len(weight)
         nothing = torch.zeros(0, dtype=torch.long, device=weight.device)
@@ -207,11 +197,8 @@ def _top_k(hidden: Any, weight: Any) -> tuple[Any, Any]:
         return ids, log_probs
 
 
-def teacher_naive(inputs: Inputs) -> Any:
+def teacher_naive(inputs: Inputs) -> tuple[Tensor, Tensor]:
     """All logits at once, their log-softmax, and its top K."""
-    import torch
-    from torch.nn.functional import linear
-
     with torch.no_grad():
         log_probs, ids = linear(inputs.hidden, inputs.weight).float().log_softmax(-1).topk(K, -1)
         return ids, log_probs
@@ -252,13 +239,10 @@ GROUPS = {
 
 def measure(case: Case) -> dict[str, Any]:
     """Run a case in this process."""
-    import torch
-
     torch.set_num_threads(case.threads)
     method = METHODS[case.method]
-    with torch.random.fork_rng(devices=[]):
-        inputs = Inputs(case)
-    memory = Memory(torch, case.device)
+    inputs = Inputs(case)
+    memory = Memory(case.device)
     result: Any = None
 
     def run() -> float:
@@ -287,9 +271,9 @@ def measure(case: Case) -> dict[str, Any]:
 class Memory:
     """Peak memory of this process or of a GPU, in bytes."""
 
-    def __init__(self, torch: Any, device: str) -> None:
+    def __init__(self, device: str) -> None:
         self.cuda = torch.cuda if device.startswith("cuda") else None
-        self.base: float = 0
+        self.base = math.nan
 
     def synchronise(self) -> None:
         """Wait for a GPU."""
@@ -302,7 +286,6 @@ class Memory:
             self.cuda.reset_peak_memory_stats()
             self.base = self.cuda.memory_allocated()
         else:
-            self.base = math.nan
             with contextlib.suppress(OSError, AttributeError):  # Linux with glibc; elsewhere memory is not measured
                 ctypes.CDLL(None).malloc_trim(0)
                 Path("/proc/self/clear_refs").write_text("5")
@@ -322,8 +305,6 @@ def _status(name: str) -> int:
 
 def _differences(case: Case, method: Method, inputs: Inputs, result: Any) -> dict[str, Any]:
     """Relative distance of loss and gradients from the float64 reference; of a teacher's log-probs, the largest."""
-    import torch
-
     if method.group == "teacher":
         naive = teacher_naive(inputs) if case.positions <= REFERENCE_POSITIONS else result
         return {"loss_differs": float((result[1] - naive[1]).abs().max())}
@@ -336,13 +317,11 @@ def _differences(case: Case, method: Method, inputs: Inputs, result: Any) -> dic
         float(torch.dist(gradient.double(), true) / true.norm())
         for gradient, true in zip(gradients, exact, strict=True)
     ]
-    return {"loss_differs": abs(float(result) - loss) / abs(loss), "gradient_differs": max(distances)}
+    return {"loss_differs": abs(result.item() - loss) / abs(loss), "gradient_differs": max(distances)}
 
 
-def _reference(inputs: Inputs, *, whole: bool) -> tuple[float, Any, Any]:
+def _reference(inputs: Inputs, *, whole: bool) -> tuple[float, Tensor, Tensor]:
     """Loss and gradients from float64 logits of the whole vocabulary, some positions at a time."""
-    import torch
-
     weight = inputs.weight.detach().double().requires_grad_()
     if whole:
         teacher_weight = inputs.teacher_weight.double()
@@ -415,8 +394,6 @@ def ask(python: Path, *arguments: str, timeout: float | None = None) -> dict[str
 
 def about() -> dict[str, Any]:
     """Versions, and whether there is a GPU."""
-    import torch
-
     versions = {}
     for name in ("torch", "transformers", "liger-kernel", "trl", "triton"):
         try:
@@ -492,9 +469,6 @@ def tables(bench: Bench, base: Case, quick: bool) -> None:
 
 def show(title: str, rows: dict[str, list[dict[str, Any]]]) -> None:
     """Print one row a method and length, each compared with the first method, and the growth in T."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title=title)
     for name in ("T", "method", "seconds", "x ours", "extra MiB", "x ours", "loss off by", "gradient off by"):
         table.add_column(name, justify="left" if name == "method" else "right")
@@ -523,9 +497,6 @@ def show(title: str, rows: dict[str, list[dict[str, Any]]]) -> None:
 
 def show_growth(growth: dict[str, list[dict[str, Any]]]) -> None:
     """Print seconds by size of the vocabulary."""
-    from rich.console import Console
-    from rich.table import Table
-
     table = Table(title="Growth with the vocabulary: seconds at T=1,024, d=576 (unless frozen, a gradient of V x d)")
     table.add_column("method")
     for row in next(iter(growth.values())):
@@ -579,9 +550,7 @@ def main() -> None:
         for device in ["cpu"] + (["cuda"] if options.gpu else []):
             tables(bench, replace(base, device=device), options.quick)
     print(f"A case was left out where a first and a counted run would take more than {options.budget:.0f} s.")
-    print(
-        f"Load of the machine before and after: {busy:.1f} and {os.getloadavg()[0]:.1f} (the bench alone: up to its threads)."
-    )
+    print(f"Load average before and after: {busy:.1f} and {os.getloadavg()[0]:.1f}; alone it ends near the threads.")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     written = told | {"budget_s": options.budget, "not_installed": missing, "rows": bench.rows}
     options.out.write_text(json.dumps(written, indent=2) + "\n")

@@ -261,7 +261,8 @@ class OutputHead:
         return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
 
     def _finish(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        logits = logits if self.scale == 1 else logits * self.scale
         return logits if self.soft_cap is None else self.soft_cap * torch.tanh(logits / self.soft_cap)
 
 
