@@ -89,9 +89,9 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
     # Weights of other shapes are let through for a moment, since the error about them does not say which.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
-    report: dict[str, Any]
+    load: Any = AutoModelForCausalLM.from_pretrained
     with _loading("model", name):
-        model, report = AutoModelForCausalLM.from_pretrained(locate(name), **options)
+        model, report = load(locate(name), **options)
         for weight, found, expected in sorted(report["mismatched_keys"]):
             raise ValueError(f"{weight} is {list(found)} in its weights and {list(expected)} by its config.json.")
         for weight in sorted(report["missing_keys"]):
