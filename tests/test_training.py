@@ -23,13 +23,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor
 
 from lsm_lightning import module as module_module
-from lsm_lightning.cli import TRAINER_DEFAULTS
+from lsm_lightning.cli import TRAINER_DEFAULTS, main
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.module import OnPolicyDistillation
-from lsm_lightning.objectives import LocalSupportMatching, SampledToken
+from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, SampledToken
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
+from lsm_lightning.types import Support
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -170,10 +171,12 @@ def test_tasks_take_turns_and_every_step_is_one_optimiser_step(prepare):
     assert told == [{"sums"}, {"echo"}, {"sums"}, {"echo"}]
 
 
-@pytest.mark.parametrize("tokens", [1, 10_000])
-def test_micro_batch_size_changes_no_step(prepare, tokens):
+@pytest.mark.parametrize(
+    "layout", [{"micro_batch_tokens": 1}, {"micro_batch_tokens": 10_000}, {"packing": True}], ids=str
+)
+def test_layout_changes_no_step(prepare, layout):
     whole = prepare(2, "whole", optimizer=torch.optim.SGD).fit()
-    parts = prepare(2, "parts", optimizer=torch.optim.SGD, micro_batch_tokens=tokens).fit()
+    parts = prepare(2, "parts", optimizer=torch.optim.SGD, **layout).fit()
     assert largest_change(whole.weights, parts.weights) < 1e-5
 
 
@@ -203,10 +206,67 @@ def test_a_step_whose_mask_keeps_nothing_is_skipped_and_the_run_goes_on(prepare,
     assert all(value.isfinite().all() for value in run.weights.values())
 
 
-def test_the_sampled_token_baseline_trains_too(prepare):
-    run = prepare(2, objective=SampledToken(reward_clip=5.0), sampling=Sampling(top_p=1.0)).fit()
-    assert run.history.steps[0]["sums/train/gradient_norm"] > 0
-    assert 0 < run.history.steps[0]["sums/train/reward_positive"] < 1
+@pytest.mark.parametrize("mask", ["repair", "none"])
+def test_the_sampled_token_baseline_trains_too(prepare, mask):
+    run = prepare(2, objective=SampledToken(reward_clip=5.0), sampling=Sampling(top_p=1.0), mask=mask).fit()
+    for step, task in zip(run.history.steps, ("sums", "echo"), strict=True):
+        assert step[f"{task}/train/gradient_norm"] > 0
+        assert 0 < step[f"{task}/train/reward_positive"] < 1
+        # One update a step, from its own samples: only rounding tells the student from the one that sampled.
+        assert step[f"{task}/train/ratio_clipped"] == 0
+
+
+OTHERS = [
+    *(LocalSupportMatching(k=8, source=source) for source in ("student", "union", "sampled_added")),
+    FullVocabulary(),
+]
+
+
+@pytest.mark.parametrize("mask", ["repair", "tags"])
+@pytest.mark.parametrize("objective", OTHERS, ids=lambda objective: getattr(objective, "source", "full"))
+def test_every_objective_trains(prepare, objective, mask):
+    run = prepare(2, objective=objective, mask=mask).fit()
+    for step, task in zip(run.history.steps, ("sums", "echo"), strict=True):
+        assert step[f"{task}/train/kl"] > 0
+        assert step[f"{task}/train/gradient_norm"] > 0
+        assert 0 < step[f"{task}/mask/kept"] <= 1
+    assert all(value.isfinite().all() for value in run.weights.values())
+
+
+def test_what_cannot_be_compared_is_left_out_and_told(prepare, monkeypatch):
+    """Positions where the teacher has no token that starts there, and its mass on tokens that the student lacks."""
+    run = prepare(1)
+    right = run.module.teachers["sums"].score
+
+    def every_other(*arguments: Any) -> Support:
+        support = right(*arguments)
+        here = torch.arange(len(support.ids)) % 2 == 0
+        return replace(
+            support,
+            comparable=here,
+            log_probs=support.log_probs.masked_fill(~here[:, None], -torch.inf),
+            lost=torch.where(here, 0.25, torch.nan),
+        )
+
+    monkeypatch.setattr(run.module.teachers["sums"], "score", every_other)
+    (step,) = run.fit().history.steps
+    assert step["sums/mask/lost"] == step["sums/mask/kept"] == pytest.approx(0.5, abs=0.02)
+    assert step["sums/train/lost_mass"] == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(("objective", "kept"), [(SampledToken(), 0.5), (LocalSupportMatching(k=8), 1.0)])
+def test_a_reward_is_paid_only_where_the_teacher_reads_the_very_token(prepare, monkeypatch, objective, kept):
+    run = prepare(1, objective=objective)
+    right = run.module.teachers["sums"].score
+
+    def every_other(*arguments: Any) -> Support:
+        support = right(*arguments)
+        alike = torch.arange(len(support.ids)) % 2 == 0
+        return replace(support, alike=alike, sampled=torch.where(alike, -3.0, -torch.inf))
+
+    monkeypatch.setattr(run.module.teachers["sums"], "score", every_other)
+    (step,) = run.fit().history.steps
+    assert step["sums/mask/kept"] == pytest.approx(kept, abs=0.02)
 
 
 # ---- stopping and going on ------------------------------------------------------------------------------------------
@@ -313,8 +373,8 @@ def test_numbers_of_a_step_are_in_their_bounds(prepare):
     for step in run.history.steps:
         for name, value in step.items():
             assert value == value, name
-            if "/mask/" in name or name.endswith(("reward", "truncated", "teacher_mass", "top1_agreement")):
-                assert 0 <= value <= 1 + 1e-6, name
+            if "/mask/" in name or name.endswith(("reward", "truncated", "mass_outside", "lost_mass", "agreement")):
+                assert -1e-6 <= value <= 1 + 1e-6, name
 
 
 def test_validation_measures_every_task(prepare):
@@ -345,7 +405,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str, Any]) -> list[str]:
+def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str, Any], reduction: str) -> list[str]:
     """A run of two steps from the command line, on an odd number of problems."""
     local = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher)}}
     settings = {
@@ -355,6 +415,7 @@ def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str,
             "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
             "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
             "micro_batch_tokens": 100,
+            "reduction": reduction,
         },
         "data": {
             "tasks": {
@@ -382,30 +443,47 @@ def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str,
     return ["fit", "--config", str(folder / "settings.yaml")]
 
 
+Finish = Callable[[str, str], Path]
+
+
 @pytest.fixture(scope="module")
-def finished(
-    student_folder: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
-    """The folder of a run by the name of its strategy."""
+def finished(student_folder: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish:
+    """The folder of a run by the name of its strategy, and its reduction."""
     root = tmp_path_factory.mktemp("processes")
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
 
     @cache
-    def finish(name: str) -> Path:
-        folder = root / name.replace(" ", "-")
-        arguments = arguments_of(folder, student_folder, teacher_folder, STRATEGIES[name])
-        command = [sys.executable, "-m", "lsm_lightning", *arguments]
-        output = folder / "output.txt"
-        with output.open("w") as file:
-            process = subprocess.Popen(command, stdout=file, stderr=file, cwd=root, env=environment, process_group=0)
-        try:
-            assert process.wait(timeout=120) == 0, output.read_text()[-3000:]
-        finally:  # a second process that lost the first would wait for it for long
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+    def finish(name: str, reduction: str) -> Path:
+        folder = root / f"{name}-{reduction}".replace(" ", "-")
+        arguments = arguments_of(folder, student_folder, teacher_folder, STRATEGIES[name], reduction)
+        if STRATEGIES[name]["devices"] == 1:
+            finish_here(arguments)
+        else:
+            finish_apart(arguments, folder)
         return folder
 
     return finish
+
+
+def finish_here(arguments: list[str]) -> None:
+    """In this process, which has loaded everything."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["lsm-lightning", *arguments])
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seeding leaves traces in the environment
+            patch.setenv(name, "0")
+        assert main() == 0
+
+
+def finish_apart(arguments: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lsm_lightning", *arguments]
+    output = folder / "output.txt"
+    with output.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment, process_group=0)
+    try:
+        assert process.wait(timeout=120) == 0, output.read_text()[-3000:]
+    finally:  # a second process that lost the first would wait for it for long
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def weights_in(folder: Path) -> dict[str, Tensor]:
@@ -421,14 +499,26 @@ def logged(folder: Path) -> dict[str, float]:
     return {name: value for name, value in values.items() if name not in ("epoch", "step")}
 
 
-@pytest.mark.parametrize("strategy", ["two processes", "two shards"])
-def test_several_processes_learn_what_one_learns(finished, student, strategy):
-    one = weights_in(finished("one process"))
-    assert largest_change(one, weights_in(finished(strategy))) < 1e-5
+several = pytest.mark.parametrize(
+    ("strategy", "reduction"),
+    [("two processes", "token_mean"), ("two shards", "token_mean"), ("two processes", "sequence_mean")],
+)
+
+
+@several
+def test_several_processes_learn_what_one_learns(finished, student, strategy, reduction):
+    one = weights_in(finished("one process", reduction))
+    assert largest_change(one, weights_in(finished(strategy, reduction))) < 1e-5
     start = {f"student.{name}": value.float() for name, value in student.state_dict().items()}
     assert largest_change(one, start) > 1e-3  # there was something to learn
 
 
-@pytest.mark.parametrize("strategy", ["two processes", "two shards"])
-def test_several_processes_tell_what_one_tells(finished, strategy):
-    assert logged(finished(strategy)) == pytest.approx(logged(finished("one process")), rel=1e-4, abs=1e-6)
+@several
+def test_several_processes_tell_what_one_tells(finished, strategy, reduction):
+    alone = logged(finished("one process", reduction))
+    assert logged(finished(strategy, reduction)) == pytest.approx(alone, rel=1e-4, abs=1e-6)
+
+
+def test_the_reductions_of_these_runs_differ(finished):
+    token, sequence = (weights_in(finished("one process", by)) for by in ("token_mean", "sequence_mean"))
+    assert largest_change(token, sequence) > 1e-4
