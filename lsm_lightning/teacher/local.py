@@ -29,8 +29,8 @@ from lsm_lightning.teacher.translation import Translation
 from lsm_lightning.types import Support, Turn
 from tokenalign import Pair
 
-LOGITS_AT_ONCE = 2**23
-"""At most so many logits exist at once while scoring (32 MiB in float32)."""
+LOGITS_AT_ONCE = 2**24
+"""At most so many logits exist at once while scoring (64 MiB in float32)."""
 
 
 class LocalTeacher(Teacher):
