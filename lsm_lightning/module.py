@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
+from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
@@ -35,6 +36,9 @@ from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches
 SKIPPED_STEPS_ALLOWED = 10
 """In a row, before a run that learns nothing is ended."""
 
+PAPERS_OBJECTIVE = lazy_instance(LocalSupportMatching)
+"""As a default that the command line can show; it has no attributes before one of its methods is called."""
+
 
 class OnPolicyDistillation(LightningModule):
     """Trains a student on what it writes itself, under the eyes of one teacher a task.
@@ -42,7 +46,7 @@ class OnPolicyDistillation(LightningModule):
     Args:
         student: An embedded model (`embedded:student`), a folder in transformers format, or a hub id.
         teachers: Task name → teacher; one for each task of the data module.
-        objective: What is compared, and how; null is `LocalSupportMatching` as in the paper.
+        objective: What is compared, and how.
         engine: Writes the rollouts; null is a `LocalEngine`.
         sampling: How rollouts draw tokens.
         eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
@@ -65,7 +69,7 @@ class OnPolicyDistillation(LightningModule):
         self,
         student: str,
         teachers: dict[str, Teacher],
-        objective: Objective | None = None,
+        objective: Objective = PAPERS_OBJECTIVE,
         engine: Engine | None = None,
         sampling: Sampling = Sampling(),
         eval_sampling: Sampling = Sampling(),
@@ -89,7 +93,7 @@ class OnPolicyDistillation(LightningModule):
             )
         self.student_name = student
         self.teachers = teachers
-        self.objective = LocalSupportMatching() if objective is None else objective
+        self.objective = LocalSupportMatching() if objective is PAPERS_OBJECTIVE else objective
         self.engine = LocalEngine() if engine is None else engine
         self.sampling = sampling
         self.eval_sampling = eval_sampling
