@@ -18,11 +18,14 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from reference import all_response_logits, sampled_ids
 from scripted import EchoGames
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
 from lsm_lightning import module as module_module
+from lsm_lightning import update as update_module
+from lsm_lightning.batching import TokenBatch
 from lsm_lightning.cli import TRAINER_DEFAULTS, main
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.module import OnPolicyDistillation
@@ -231,6 +234,36 @@ def test_every_objective_trains(prepare, objective, mask):
         assert step[f"{task}/train/gradient_norm"] > 0
         assert 0 < step[f"{task}/mask/kept"] <= 1
     assert all(value.isfinite().all() for value in run.weights.values())
+
+
+@pytest.mark.parametrize(("source", "width"), [("teacher", 0), ("student", 8), ("union", 8), ("sampled_added", 1)])
+def test_the_teacher_is_asked_about_what_the_objective_compares(prepare, monkeypatch, source, width):
+    run = prepare(1, objective=LocalSupportMatching(k=8, source=source))
+    right, asked = run.module.teachers["sums"].score, []
+
+    def listening(turns: Any, added: Tensor) -> Support:
+        asked.append((sampled_ids(turns), all_response_logits(run.module.student, turns), added))
+        return right(turns, added)
+
+    monkeypatch.setattr(run.module.teachers["sums"], "score", listening)
+    run.fit()
+    ((sampled, logits, added),) = asked
+    expected = sampled[:, None] if source == "sampled_added" else logits.topk(width, -1).indices
+    assert added.tolist() == expected.tolist()
+    assert run.module.teachers["sums"].tokens == (0 if source == "student" else 8)
+
+
+def test_packing_leaves_no_padding(prepare, monkeypatch):
+    """In none of the student's two passes."""
+
+    class Packed:
+        pack = TokenBatch.pack
+
+    monkeypatch.setattr(update_module, "TokenBatch", Packed)
+    objective = LocalSupportMatching(k=8, source="union")
+    prepare(1, "packed", objective=objective, packing=True).fit()
+    with pytest.raises(AttributeError, match="pad"):
+        prepare(1, "padded", objective=objective).fit()
 
 
 def test_what_cannot_be_compared_is_left_out_and_told(prepare, monkeypatch):

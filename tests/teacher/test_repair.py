@@ -202,6 +202,8 @@ def test_several_ends_of_the_teacher_are_one(student_tokenizer, teacher_folder, 
     answers = written(student_tokenizer, ["apple stone"])
     ours = student_tokenizer.eos_token_id
     support = asked(several, answers)
+    assert support.alike[-1]
+    assert support.sampled[-1] == support.turn_end[-1]
     for found, alone, whole in zip(members(support), members(asked(one, answers)), support.turn_end, strict=True):
         assert found[ours] == pytest.approx(whole.item(), abs=1e-5)
         parts = [alone[i] for i in (ours, 17, 40)]
