@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from reference import response_logits
+from slow import response_logits
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 

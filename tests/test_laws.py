@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import (
+from slow import (
     all_response_logits,
     even_weights,
     joined,

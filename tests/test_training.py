@@ -18,8 +18,8 @@ import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
-from reference import all_response_logits, sampled_ids
 from scripted import EchoGames
+from slow import all_response_logits, sampled_ids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 

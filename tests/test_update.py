@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from reference import all_response_logits, even_weights, random_support, sampled_ids, tensor_sizes, turn_of
+from slow import all_response_logits, even_weights, random_support, sampled_ids, tensor_sizes, turn_of
 from tiny import random_ids, tiny_model
 from torch import Tensor
 from torch.testing import assert_close

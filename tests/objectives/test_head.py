@@ -2,7 +2,7 @@ import inspect
 
 import pytest
 import torch
-from reference import tensor_sizes
+from slow import tensor_sizes
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from torch.testing import assert_close

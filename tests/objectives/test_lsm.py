@@ -1,6 +1,6 @@
 import pytest
 import torch
-from reference import positions, top_support
+from slow import positions, top_support
 from torch import Tensor
 from torch.testing import assert_close
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import response_logits
+from slow import response_logits
 from tiny import FAMILIES, random_ids, tiny_model
 from torch import Tensor
 from torch.testing import assert_close

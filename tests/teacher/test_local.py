@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from reference import all_response_logits, sampled_ids, tensor_sizes, turn_of
+from slow import all_response_logits, sampled_ids, tensor_sizes, turn_of
 from teachers import VOCABULARY, K, asked, members, nothing_added, slow_log_probs, teacher_at
 from tiny import PAD, STUDENT_END, TEACHER_END, THINK_TAGS, random_ids, tiny_model
 from torch.testing import assert_close

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference import all_response_logits, sampled_ids, turn_of
+from slow import all_response_logits, sampled_ids, turn_of
 from teachers import TEXTS, K, Meanings, asked, members, slow_answers, teacher_at, written
 from tiny import STUDENT_END, TEACHER_END, THINK_TAGS, chat_tokenizer, save_tiny, train_bpe
 from tokenizers import Tokenizer
