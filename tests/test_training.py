@@ -534,7 +534,7 @@ def logged(folder: Path) -> dict[str, float]:
 
 several = pytest.mark.parametrize(
     ("strategy", "reduction"),
-    [("two processes", "token_mean"), ("two shards", "token_mean"), ("two processes", "sequence_mean")],
+    [("two processes", "token_mean"), ("two shards", "sequence_mean")],
 )
 
 
