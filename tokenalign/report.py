@@ -10,6 +10,7 @@ import numpy as np
 from tokenalign.convention import Convention
 from tokenalign.flags import Flag, Policy, TokenFlags
 from tokenalign.relation import Relation
+from tokenalign.samples import ORDINARY
 from tokenalign.speller import Speller
 from tokenalign.tags import Held
 from tokenalign.visible import fitted, row, visible
@@ -18,12 +19,6 @@ from tokenalign.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from tokenalign.pair import Pair
 
-SAMPLE = (
-    "Let's see: the train leaves at 14:05 and needs 2.5 hours, so it arrives at 16:35.\n\n"
-    "def area(radius):\n    return 3.14159 * radius ** 2\n\n"
-    "\\[ x^2 + 1{,}000 \\le \\frac{1}{3} \\] Çà et là — naïve café, 東京は雨です, Привет! 🙂\n"
-)
-"""Ordinary text of several kinds, to see whether the two split it alike."""
 _WIDTH = 100
 _LABEL, _SIDE = 11, 42
 _TAG_ROWS = 6
@@ -217,7 +212,7 @@ def make_report(pair: "Pair") -> Report:
     conventions = pair.conventions
     sides = [*zip((student, teacher), conventions, strict=True)]
     end_flags = pair.flags(np.array([sorted(conventions[0].turn_end)], np.int64))
-    sample = pair.flags([ours.spell([SAMPLE.encode()])[0]])
+    sample = pair.flags([ours.spell([ORDINARY.encode()])[0]])
     response = pair.flags([typical_response(ours, conventions[0])])
     mapped = pair.vocab.to_teacher[student.lengths > 0]
     lowest = int(pair.collisions[0]) if len(pair.collisions) else None
