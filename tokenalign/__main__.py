@@ -168,7 +168,7 @@ def _pair(options: argparse.Namespace) -> "Pair":
 def _inspect(options: argparse.Namespace) -> "Outcome":
     from tokenalign.commands import inspect
 
-    return inspect(_pair(options))
+    return inspect(_pair(options), _look(options)[1])
 
 
 def _align(options: argparse.Namespace) -> "Outcome":

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any, get_args
 
 import numpy as np
@@ -42,10 +43,10 @@ class Outcome:
     """True if training must handle something."""
 
 
-def inspect(pair: Pair) -> Outcome:
+def inspect(pair: Pair, width: int) -> Outcome:
     """The report on a pair."""
     report = pair.report()
-    return Outcome(data=report.to_dict(), text=str(report), mismatch=bool(report.mismatches))
+    return Outcome(data=report.to_dict(), text=report.screen(min(width, 120)), mismatch=bool(report.mismatches))
 
 
 def written(pair: Pair, text: bytes) -> list[int]:
@@ -89,7 +90,7 @@ def align(pair: Pair, text: bytes, painter: Painter, width: int) -> Outcome:
             "chunks": chunks,
             "one_to_one": share,
         },
-        text="\n".join([*_table(("student", "teacher", "m:n"), cells, painter, width), summary]),
+        text="\n".join([*_table(("student", "teacher", "m:n"), cells, painter, width), *wrap(summary, width)]),
         mismatch=not found.ok or alike < len(chunks),
     )
 

@@ -19,8 +19,7 @@ from tokenalign.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from tokenalign.pair import Pair
 
-_WIDTH = 100
-_LABEL, _SIDE = 11, 42
+_LABEL = 11
 _TAG_ROWS = 6
 _RARE = 0.01
 """Share of ordinary text that may be split otherwise before it is worth to mask all of that."""
@@ -123,6 +122,10 @@ class Report:
         return {name: _plain(value) for name, value in fields.items()}
 
     def __str__(self) -> str:
+        return self.screen()
+
+    def screen(self, width: int = 100) -> str:
+        """The report in lines of at most so many columns; what does not fit is cut."""
         relation = f"{self.relation.value}; {self.shared:.1%} of the student's tokens exist in the teacher"
         collide = f"{self.collisions:,} ids mean something else"
         if self.collision:
@@ -153,12 +156,12 @@ class Report:
             ("", f"{self.policy}: {pieces or 'nothing'}"),
             *(("problem", problem) for problem in self.problems),
         ]
-        wide = (_LABEL, _WIDTH - _LABEL - 2)
+        wide, side = (_LABEL, width - _LABEL - 2), (width - _LABEL - 5) // 2
         lines = [
             *(row(line, wide) for line in head),
-            *(f"{fitted(label, _LABEL)}  {row(cells, (_SIDE, _SIDE), ' │ ')}" for label, *cells in sides),
+            *(f"{fitted(label, _LABEL)}  {row(cells, (side, side), ' │ ')}" for label, *cells in sides),
             *(row(line, wide) for line in tail),
-            *textwrap.wrap(self.advice, _WIDTH, break_on_hyphens=False),
+            *textwrap.wrap(self.advice, width, break_on_hyphens=False),
         ]
         return "\n".join(lines)
 
