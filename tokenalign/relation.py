@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.speller import continuing
 from tokenalign.vocabulary import Vocabulary
 
 
@@ -63,7 +61,7 @@ def collisions(student: Vocabulary, teacher: Vocabulary) -> NDArray[np.int64]:
 def relation(student: Vocabulary, teacher: Vocabulary) -> Relation:
     """How two vocabularies are related, by their tables and the rules by which they split."""
     if student.keys[: student.known] == teacher.keys[: teacher.known]:
-        return Relation.IDENTICAL if _rules(student) == _rules(teacher) else Relation.SHARED_VOCAB_OTHER_SPLIT
+        return Relation.IDENTICAL if student.kind.rules == teacher.kind.rules else Relation.SHARED_VOCAB_OTHER_SPLIT
     return Relation.SHARED_BASE if _base(student, teacher) == _base(teacher, student) else Relation.DIFFERENT
 
 
@@ -71,16 +69,3 @@ def _base(vocabulary: Vocabulary, other: Vocabulary) -> dict[int, bytes]:
     """The tokens that neither side added."""
     added = vocabulary.added.keys() | other.added.keys()
     return {id: piece for id, piece in enumerate(vocabulary.pieces) if piece and id not in added}
-
-
-def _rules(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What decides how a text is split, ids and roles aside."""
-    spec = continuing(vocabulary.spec, ())
-    model = {key: value for key, value in spec["model"].items() if key != "vocab"}
-    pre_tokenizers = (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-    return {
-        "model": model,
-        "normalizer": spec["normalizer"],
-        "pre_tokenizer": [{key: value for key, value in p.items() if key != "trim_offsets"} for p in pre_tokenizers],
-        "added": sorted(str({**entry, "id": None, "special": None}) for entry in spec["added_tokens"]),
-    }

@@ -26,7 +26,7 @@ class Splitting:
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """By which the tokenizers library splits where it is told to write bytes and nothing else."""
 _WORDS = r"\w+|[^\w\s]+"
-_BLANK_RUN = r"\s+(?!\S)"
+BLANK_RUN = r"\s+(?!\S)"
 
 # These look at one character, or at one and those that combine with it.
 _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "BertNormalizer", "Prepend")
@@ -56,7 +56,7 @@ def of_tokenizer_json(model: Spec, normalizers: Collection[Spec], pre_tokenizers
         words = any(part["type"] == "Metaspace" and part.get("split", True) for part in pre_tokenizers)
         return Splitting(patterns=patterns, normalize=normalize, opens=" ") if words else None
     # Whether a token continues a word depends on where the word starts, and a blank belongs to the word after it.
-    return Splitting(patterns=(*patterns, _BLANK_RUN), normalize=normalize, opens=" ")
+    return Splitting(patterns=(*patterns, BLANK_RUN), normalize=normalize, opens=" ")
 
 
 def _patterns(pre_tokenizers: Collection[Spec]) -> tuple[str, ...] | None:
