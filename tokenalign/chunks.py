@@ -135,10 +135,10 @@ def _equal_run(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
     return int(different.argmax()) if different.any() else len(a)
 
 
-def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
-    """Ends of both sides on one scale although the texts differ (a normaliser, an unknown token).
+def comparable_ends(student: bytes, teacher: bytes, teacher_ends: Ints) -> Ints:
+    """The teacher's ends in the student's text although the two texts differ, nobody knows how.
 
-    Positions are doubled. Teacher ends in the common prefix and suffix keep their place in the student's text; those in
+    Positions are doubled. Ends in the common prefix and suffix keep their place in the student's text; those in
     between get an odd position, which no student end has, so that everything between lies in one chunk.
     """
     prefix, suffix = common_ends(student, teacher)
@@ -148,7 +148,7 @@ def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_
     before = (teacher_ends < prefix) | ((teacher_ends == prefix) & (not inserts))
     between = 2 * prefix + (-1 if inserts else 1)
     shifted = 2 * (teacher_ends + len(student) - len(teacher))
-    return student_ends * 2, np.where(after, shifted, np.where(before, teacher_ends * 2, between))
+    return np.where(after, shifted, np.where(before, teacher_ends * 2, between))
 
 
 def ranges(starts: Ints, counts: Ints) -> Ints:

@@ -8,6 +8,7 @@ from itertools import accumulate, chain
 import numpy as np
 
 from tokenalign.kinds import Spelled
+from tokenalign.offsets import Trace, trace
 from tokenalign.vocabulary import Vocabulary
 
 _INVALID = re.compile("([\udc80-\udcff]+)")
@@ -49,6 +50,14 @@ class Speller:
             )
             for row in runs
         ]
+
+    def in_text(self, text: bytes, spelled: Spelled, ids: Sequence[int], *, opening: bool = False) -> Trace | None:
+        """Where these ids end in a text, given what `trace` tells of it; None where that is not known."""
+        kind = self.vocabulary.kind
+        if list(spelled.ids) != list(ids) or invalid_bytes(text).any():
+            return None
+        blank = opening and kind.dummy_prefix
+        return trace(text, spelled, kind.pieces, free_blanks=kind.free_blanks, unknown=kind.unknown, opening=blank)
 
     @cached_property
     def _byte_ids(self) -> dict[int, int]:
