@@ -209,7 +209,8 @@ def _neutral(
 ) -> tuple[ByteTable, NDArray[np.bool_]]:
     pieces = list(vocabulary.pieces)
     texts = {tag.encode() for tag in tags}
-    controls = [id for id in np.flatnonzero(vocabulary.special).tolist() if pieces[id] not in texts]
+    special = set(np.flatnonzero(vocabulary.special).tolist()) - {vocabulary.kind.unknown}
+    controls = [id for id in special if pieces[id] not in texts]
     for id in (convention.bos, convention.pad):
         if id is not None:
             pieces[id] = b""
