@@ -307,12 +307,41 @@ class _Encoder:
 
 
 def _tokenizer(spec: Spec) -> Tokenizer:
+    """A tokenizer that never makes a control token of text, but for the one that stands for what it cannot spell."""
     try:
-        tokenizer = Tokenizer.from_str(json.dumps(spec))
+        tokenizer = Tokenizer.from_str(json.dumps(_without_controls(spec)))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"the tokenizers library cannot read this tokenizer: {error}. Save it again.") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
+
+
+def _without_controls(spec: Spec) -> Spec:
+    """Control tokens that the model's vocabulary has, where its own search could find them, under names no text has."""
+    model, entries = spec["model"], spec["added_tokens"]
+    tokens = dict(_tokens(model))
+    unknown = _unknown(model, tokens)
+    names = {
+        entry["content"]: f"{_NO_TEXT}{entry['id']}{_NO_TEXT}"
+        for entry in entries
+        if entry["special"] and tokens.get(entry["content"], unknown) != unknown
+    }
+    vocab = model["vocab"]
+    if isinstance(vocab, Mapping):
+        vocab = {names.get(token, token): id for token, id in vocab.items()}
+    else:
+        vocab = [[names.get(token, token), score] for token, score in vocab]
+    model = model | {"vocab": vocab}
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if _merged(merge) not in names]
+    return spec | {"model": model, "added_tokens": [entry for entry in entries if entry["content"] not in names]}
+
+
+_NO_TEXT = "\U0010ffff"
+
+
+def _merged(merge: str | list[str]) -> str:
+    return merge.replace(" ", "", 1) if isinstance(merge, str) else "".join(merge)
 
 
 def _byte_ends(text: str) -> NDArray[np.int64]:
