@@ -47,7 +47,7 @@ class Vocabulary:
     """
 
     def __init__(self, kind: Kind, *, name: str = "tokenizer", size: int | None = None) -> None:
-        self.kind = kind
+        self.kind, self.name = kind, name
         self.added = kind.added
         self.known = len(kind.pieces)
         self.size = self.known if size is None else size
@@ -83,9 +83,16 @@ class Vocabulary:
         return self.kind.splitting()
 
     def encoder(self, tags: tuple[str, ...]) -> Encoder:
-        """What splits texts, see `Kind.encoder`; built once."""
+        """What splits texts, see `Kind.encoder`; built once.
+
+        Raises:
+            ValueError: The library that splits cannot read the tokenizer, or is missing.
+        """
         if tags not in self._encoders:
-            self._encoders[tags] = self.kind.encoder(tags)
+            try:
+                self._encoders[tags] = self.kind.encoder(tags)
+            except ValueError as error:
+                raise ValueError(f"{self.name}: {error}") from error
         return self._encoders[tags]
 
     @cached_property

@@ -7,6 +7,9 @@ from typing import Any, Protocol
 
 from tokenalign.splitting import Splitting
 
+MOST_IDS = 1 << 24
+"""More than any tokenizer has; a damaged file must not fill the memory."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Added:
@@ -89,7 +92,7 @@ def by_id(tokens: Iterable[tuple[int, bytes]]) -> list[bytes]:
     """Pieces in a row, the id their place; empty where there is none.
 
     Raises:
-        ValueError: There is no token at all.
+        ValueError: There is no token at all, or an id is out of all proportion.
 
     >>> by_id([(2, b"b"), (0, b"a")])
     [b'a', b'', b'b']
@@ -97,6 +100,9 @@ def by_id(tokens: Iterable[tuple[int, bytes]]) -> list[bytes]:
     known = dict(tokens)
     if not known:
         raise ValueError("its vocabulary is empty. Give a trained tokenizer.")
+    wrong = next((id for id in known if not 0 <= id < MOST_IDS), None)
+    if wrong is not None:
+        raise ValueError(f"id {wrong} of {known[wrong]!r} is not within 0..{MOST_IDS - 1}. Repair the tokenizer.")
     return [known.get(id, b"") for id in range(1 + max(known))]
 
 

@@ -119,8 +119,7 @@ def _processor(model: bytes) -> Any:
         from sentencepiece import SentencePieceProcessor
     except ImportError as error:
         raise ValueError(
-            "a sentencepiece model is split by the sentencepiece library. Install it: "
-            'pip install "tokenalign[sentencepiece]".'
+            'it is split by the sentencepiece library. Install that: pip install "tokenalign[sentencepiece]".'
         ) from error
     try:
         return SentencePieceProcessor(model_proto=model)
@@ -177,15 +176,12 @@ class _Encoder:
         controls = {entry.content: id for id, entry in chain(added.items(), more.items()) if entry.special}
         self._whole = texts | {tag: controls[tag] for tag in tags if tag in controls}
         longest_first = sorted(self._whole, key=len, reverse=True)
+        self._continuing = _processor(_with_dummy_prefix(model, False))
         self._splitter = re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
 
     @cached_property
     def _opening(self) -> Any:
         return _processor(self._model)
-
-    @cached_property
-    def _continuing(self) -> Any:
-        return _processor(_with_dummy_prefix(self._model, False))
 
     @cached_property
     def _after_blank(self) -> Any:

@@ -2,7 +2,7 @@
 
 import base64
 from collections.abc import Mapping, Sequence
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from tokenalign.kinds.kind import Added, Kind, Spelled, as_piece, by_id, exact
@@ -34,6 +34,7 @@ def kind_of_tekken(content: Mapping[str, Any]) -> Kind:
     """The kind of a parsed `tekken.json`. Control tokens come first, ordinary ones follow by rank.
 
     Raises:
+        ValueError: Its tokens are not in the order of their ranks, or fewer than it says.
         AttributeError, KeyError, TypeError: It is no such file.
     """
     config = content["config"]
@@ -41,16 +42,13 @@ def kind_of_tekken(content: Mapping[str, Any]) -> Kind:
     listed = content.get("special_tokens") or [
         {"rank": id, "token_str": text} for id, text in enumerate(_FIRST_CONTROLS)
     ]
-    entries = {entry["rank"]: entry for entry in listed}
-    controls = {
-        id: Added(
-            content=entries.get(id, {}).get("token_str", f"<SPECIAL_{id}>"),
-            special=entries.get(id, {}).get("is_control", True),
-        )
-        for id in range(first)
-    }
+    names = {entry["rank"]: entry["token_str"] for entry in listed}
     # The file may hold more tokens than the model has.
-    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in content["vocab"][: size - first]}
+    tokens = content["vocab"][: size - first]
+    ranks = {base64.b64decode(token["token_bytes"]): token["rank"] for token in tokens}
+    if [*ranks.values()] != [*range(size - first)]:
+        raise ValueError(f"its tokens are not those of the ranks 0..{size - first - 1}, in order. Download it again.")
+    controls = {id: Added(content=names.get(id, f"<SPECIAL_{id}>"), special=True) for id in range(first)}
     declared = {_ROLES[entry.content]: entry.content for entry in controls.values() if entry.content in _ROLES}
     return _kind(str(config["pattern"]), ranks, controls, first=first, declared=declared)
 
@@ -82,8 +80,18 @@ def _kind(
     )
 
 
+def _encoding(pattern: str, ranks: dict[bytes, int], special: dict[str, int]) -> "Encoding":
+    try:
+        from tiktoken import Encoding
+    except ImportError as error:
+        raise ValueError(
+            'it is split by the tiktoken library. Install that: pip install "tokenalign[tiktoken]".'
+        ) from error
+    return Encoding("tokenalign", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+
+
 class _Encoder:
-    """See `Encoder`. The library's tokenizer is built when it is first needed."""
+    """See `Encoder`."""
 
     def __init__(
         self,
@@ -94,20 +102,12 @@ class _Encoder:
         first: int,
         tags: tuple[str, ...],
     ) -> None:
-        self._pattern, self._ranks, self._pieces, self._first = pattern, ranks, pieces, first
+        self._pieces, self._first = pieces, first
         self._whole = {entry.content: id for id, entry in added.items() if not entry.special or entry.content in tags}
 
-    @cached_property
-    def _encoding(self) -> Any:
-        try:
-            from tiktoken import Encoding
-        except ImportError as error:
-            raise ValueError(
-                "this tokenizer is split by the tiktoken library. Install it: pip install 'tokenalign[tiktoken]'."
-            ) from error
         # Tokens that are matched as a whole are no ordinary ones, so their ids lie beyond the ranks.
-        whole = {content: len(self._pieces) + id for content, id in self._whole.items()}
-        return Encoding("tokenalign", pat_str=self._pattern, mergeable_ranks=dict(self._ranks), special_tokens=whole)
+        whole = {content: len(pieces) + id for content, id in self._whole.items()}
+        self._encoding = _encoding(pattern, dict(ranks), whole)
 
     def ids(self, texts: Sequence[str]) -> list[list[int]]:
         whole, beyond = set(self._whole), len(self._pieces)

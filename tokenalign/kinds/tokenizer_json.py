@@ -280,14 +280,11 @@ def _rules(spec: Spec) -> Spec:
 
 
 class _Encoder:
-    """See `Encoder`. The library's tokenizers are built when they are first needed."""
+    """See `Encoder`."""
 
     def __init__(self, spec: Spec, tags: tuple[str, ...]) -> None:
         self._spec, self._tags = spec, tags
-
-    @cached_property
-    def _continuing(self) -> Tokenizer:
-        return _tokenizer(_continuing(self._spec, self._tags))
+        self._continuing = _tokenizer(_continuing(spec, tags))
 
     @cached_property
     def _opening(self) -> Tokenizer:
@@ -311,7 +308,7 @@ def _tokenizer(spec: Spec) -> Tokenizer:
     try:
         tokenizer = Tokenizer.from_str(json.dumps(_without_controls(spec)))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"the tokenizers library cannot read this tokenizer: {error}. Save it again.") from error
+        raise ValueError(f"the tokenizers library cannot read it ({error}). Download or save it again.") from error
     tokenizer.encode_special_tokens = True
     return tokenizer
 
