@@ -86,7 +86,8 @@ class Respelling:
         self.cuts = Cuts(
             student.pieces,
             alone=self._is_control,
-            held=[*(piece for piece, special in teacher.keys if not special), *self._tags],
+            held={piece for piece, special in teacher.keys if not special},
+            whole={teacher.pieces[id] for id in teacher.added if not teacher.special[id]} | {*self._tags},
             splitting=teacher.splitting,
         )
         self.memory = SegmentMemory(self.analyse, size=student.size)

@@ -17,10 +17,12 @@ class Splitting:
 
     patterns: tuple[str, ...] = ()
     """By which it searches the text to split it."""
+    isolates: bool = False
+    """True if each match, and what lies between two, is spelled on its own."""
     normalize: Callable[[str], str] = str
     """What it makes of one character; empty for one beside which nothing is sure."""
     opens: str | None = None
-    """Characters before which alone two parts are certain to be spelled apart; None: wherever no token reaches across."""
+    """Characters before which alone parts are certain to be spelled apart; None: wherever no token reaches across."""
 
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -47,12 +49,13 @@ def of_tokenizer_json(model: Spec, normalizers: Collection[Spec], pre_tokenizers
     patterns = _patterns(pre_tokenizers)
     if patterns is None or any(_is_wide(part) for part in normalizers):
         return None
+    isolates = all(part["type"] == "ByteLevel" or part.get("behavior") == "Isolated" for part in pre_tokenizers)
     normalize = _normalize(normalizers, pre_tokenizers)
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
     if kind == "BPE":
-        return Splitting(patterns=patterns, normalize=normalize)
+        return Splitting(patterns=patterns, isolates=isolates, normalize=normalize)
     if kind == "Unigram":
-        # Of two paths of equal weight, rounding chooses by what stands before; only where words are split it starts anew.
+        # Of two paths of equal weight, rounding chooses by what stands before; it starts anew where words are split.
         words = any(part["type"] == "Metaspace" and part.get("split", True) for part in pre_tokenizers)
         return Splitting(patterns=patterns, normalize=normalize, opens=" ") if words else None
     # Whether a token continues a word depends on where the word starts, and a blank belongs to the word after it.
