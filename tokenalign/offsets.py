@@ -1,9 +1,10 @@
 """Where tokens end in a text that their tokenizer changed before it split it.
 
 A tokenizer that normalises tells for each token where it ends in the text that it was given. Those ends are as good as
-byte ends, with three exceptions that are mended here: tokens that share the text of one character (or of one
-replacement) share its end, so only the last of them has a true one; a character that was joined with marks after it
-ends after the marks; and what was dropped at the end of a text belongs to the last token.
+byte ends, with four exceptions that are mended here: tokens that share the text of one character (or of one
+replacement) share its end, so only the last of them has a true one; no end lies in a text that the next token still
+stands for; a character that was joined with marks after it ends after the marks; and what was dropped at the end of a
+text belongs to the last token.
 """
 
 import unicodedata
@@ -69,7 +70,7 @@ def trace(
         unknown: The id for what the tokenizer cannot spell.
         opening: The first token may start with a blank that is not in the text.
 
-    >>> trace(b"A cat", Spelled(ids=[0, 1], ends=[1, 5]), [b"a", b" cat"])
+    >>> trace(b"A cat", Spelled(ids=[0, 1], starts=[0, 1], ends=[1, 5]), [b"a", b" cat"])
     Trace(ends=array([ 2, 10]), changed=[(0, 1)])
     """
     given = np.asarray(spelled.ends, np.int64)
@@ -90,10 +91,16 @@ def trace(
             first, start = tokens.stop, end
         return groups
 
-    moved = given.copy()
-    for group in grouped(given):
-        if not group.exact(text):
-            moved[group.tokens] = _after_marks(text, group.end)
+    moved, right = given.copy(), None
+    for group in reversed(grouped(given)):
+        if group.exact(text):
+            right = None
+            continue
+        moved[group.tokens] = _after_marks(text, group.end)
+        # What the next token still stands for is not over, nor is what has no place of its own.
+        if right and (spelled.starts[right.start] < group.end or spelled.starts[group.tokens.stop - 1] == group.end):
+            moved[group.tokens] = moved[right.start]
+        right = group.tokens
     ends, changed = np.zeros_like(given), []
     for group in grouped(np.maximum.accumulate(moved)):
         lengths = [len(pieces[id]) for id in spelled.ids[group.tokens]]

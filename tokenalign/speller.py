@@ -69,15 +69,17 @@ class Speller:
 
     def _alone(self, run: str) -> Spelled:
         known = [place for place, byte in enumerate(_raw(run)) if byte in self._byte_ids]
-        return Spelled(ids=self._invalid(run), ends=[place + 1 for place in known])
+        return Spelled(ids=self._invalid(run), starts=known, ends=[place + 1 for place in known])
 
 
 def _joined(parts: Sequence[tuple[bytes, Spelled]]) -> Spelled:
     """One text after the other."""
-    starts = accumulate((len(text) for text, _ in parts), initial=0)
+    before = list(accumulate((len(text) for text, _ in parts), initial=0))[:-1]
+    placed = [(start, spelled) for start, (_, spelled) in zip(before, parts, strict=True)]
     return Spelled(
-        ids=list(chain.from_iterable(spelled.ids for _, spelled in parts)),
-        ends=[start + end for start, (_, spelled) in zip(starts, parts, strict=False) for end in spelled.ends],
+        ids=list(chain.from_iterable(spelled.ids for _, spelled in placed)),
+        starts=[start + place for start, spelled in placed for place in spelled.starts],
+        ends=[start + place for start, spelled in placed for place in spelled.ends],
     )
 
 

@@ -23,7 +23,7 @@ NORMALIZERS = {
 }
 
 composed = ["e\u0301", "q\u0323\u0302", "a\u0302\u0323", "\u1112\u1161\u11ab", "한", "ｶﾞ"]
-pieces = st.sampled_from([*"aAbxyZ é.É", *composed, "ﬁ", "①", "İ", "🙂", " think", "東"])
+pieces = st.sampled_from([*"aAbxyZn é.É", *composed, "ﬁ", "ﬁn", "①", "İ", "🙂", " think", "東"])
 texts = st.lists(pieces, min_size=1, max_size=12).map("".join)
 
 
@@ -131,9 +131,9 @@ def test_unknown_characters_are_flagged_and_their_neighbours_are_not(plain):
 
 
 def test_ends_that_run_backwards_are_none():
-    assert trace(b"abc", Spelled(ids=[0, 0], ends=[3, 1]), [b"x"]) is None
-    assert trace(b"abc", Spelled(ids=[0, 0], ends=[1, 4]), [b"x"]) is None
-    assert trace(b"abc", Spelled(ids=[0, 0], ends=[1, 3]), [b"x"]) is not None
+    assert trace(b"abc", Spelled(ids=[0, 0], starts=[0, 0], ends=[3, 1]), [b"x"]) is None
+    assert trace(b"abc", Spelled(ids=[0, 0], starts=[0, 1], ends=[1, 4]), [b"x"]) is None
+    assert trace(b"abc", Spelled(ids=[0, 0], starts=[0, 1], ends=[1, 3]), [b"x"]) is not None
 
 
 def test_unusable_offsets_fall_back_to_what_is_shared(plain, monkeypatch):
@@ -142,7 +142,7 @@ def test_unusable_offsets_fall_back_to_what_is_shared(plain, monkeypatch):
     ids = plain.encode(text).ids
     pair = ta.Pair(plain, lower)
     monkeypatch.setattr(
-        type(pair.spellers[1]), "trace", lambda self, texts, **_: [Spelled(ids=[], ends=[])] * len(texts)
+        type(pair.spellers[1]), "trace", lambda self, texts, **_: [Spelled(ids=[], starts=[], ends=[])] * len(texts)
     )
     found = pair.to_teacher(ids).alignments[0]
     assert not found.ok

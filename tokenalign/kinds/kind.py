@@ -26,9 +26,10 @@ class Spelled:
 
     ids: Sequence[int]
     """`[n]`"""
+    starts: Sequence[int]
+    """`[n]` bytes of the *given* text, in UTF-8, that lie before each token's start."""
     ends: Sequence[int]
-    """`[n]` bytes of the *given* text, in UTF-8, that lie before each token's end. Tokens that share the text of one
-    character, or of one replacement, share its end."""
+    """`[n]` likewise for its end. Tokens that share the text of one character, or of one replacement, share its end."""
 
 
 class Encoder(Protocol):
@@ -108,4 +109,5 @@ def by_id(tokens: Iterable[tuple[int, bytes]]) -> list[bytes]:
 
 def exact(ids: Sequence[int], pieces: Sequence[bytes]) -> Spelled:
     """A spelling whose pieces add up to the text."""
-    return Spelled(ids=ids, ends=list(accumulate(len(pieces[id]) for id in ids)))
+    ends = list(accumulate((len(pieces[id]) for id in ids), initial=0))
+    return Spelled(ids=ids, starts=ends[:-1], ends=ends[1:])

@@ -206,28 +206,27 @@ class _Encoder:
         return self._processor_of(text).encode(text) if whole is None else [whole]
 
     def _spelled(self, text: str, opening: bool) -> Spelled:
-        ids: list[int] = []
-        ends: list[int] = []
+        found: list[tuple[int, int, int]] = []
         start = 0
         for part, whole in self._cut(text):
             if whole is None:
                 processor = self._opening if opening and not start else self._processor_of(part)
                 pieces = list(_pieces(processor.encode(part, out_type="serialized_proto"), self._byte_ids))
             else:
-                pieces = [(whole, len(part.encode()))]
-            ids += (id for id, _ in pieces)
-            ends += (start + end for _, end in pieces)
+                pieces = [(whole, 0, len(part.encode()))]
+            found += ((id, start + first, start + end) for id, first, end in pieces)
             start += len(part.encode())
-        return Spelled(ids=ids, ends=ends)
+        ids, starts, ends = zip(*found, strict=True) if found else ((), (), ())
+        return Spelled(ids=ids, starts=starts, ends=ends)
 
 
-def _pieces(split: bytes, byte_ids: frozenset[int]) -> list[tuple[int, int]]:
-    """Id and byte end of each piece of a serialised `SentencePieceText`."""
+def _pieces(split: bytes, byte_ids: frozenset[int]) -> list[tuple[int, int, int]]:
+    """Id, start and end of each piece of a serialised `SentencePieceText`, in bytes."""
     pieces = []
     later = 0
     for piece in reversed([dict(_fields(value)) for number, value in _fields(split) if number == 2]):
         id, start, end = piece[2], piece.get(4, 0), piece.get(5, 0)
         # Of the bytes of one character only the last one reaches over it.
         later = later if id in byte_ids and start == end else end
-        pieces.append((id, later))
+        pieces.append((id, start, later))
     return pieces[::-1]

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Encoding, Tokenizer
 
 from tokenalign.kinds.kind import Added, Kind, Spelled, as_piece, by_id
 from tokenalign.splitting import Splitting, of_tokenizer_json
@@ -297,10 +297,12 @@ class _Encoder:
     def spelled(self, texts: Sequence[str], *, opening: bool = False) -> list[Spelled]:
         tokenizer = self._opening if opening else self._continuing
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        return [
-            Spelled(ids=encoding.ids, ends=_byte_ends(text)[[end for _, end in encoding.offsets]].tolist())
-            for text, encoding in zip(texts, encodings, strict=True)
-        ]
+        return [_spelled(text, encoding) for text, encoding in zip(texts, encodings, strict=True)]
+
+
+def _spelled(text: str, encoding: Encoding) -> Spelled:
+    places = _byte_ends(text)[np.array(encoding.offsets, int).reshape(-1, 2)]
+    return Spelled(ids=encoding.ids, starts=places[:, 0].tolist(), ends=places[:, 1].tolist())
 
 
 def _tokenizer(spec: Spec) -> Tokenizer:
