@@ -23,13 +23,15 @@ class Alignment:
     """
 
     student_chunk: NDArray[np.int32]
-    """`[m]` chunk of each student token, -1 for a token outside the text (bos, padding, prompt)."""
+    """`[m]` chunk of each student token, -1 for a token outside the text (bos, padding, prompt) or
+    at an end of it that the other tokenizer drops."""
     teacher_chunk: NDArray[np.int32]
     """`[n]` chunk of each teacher token."""
     chunks: NDArray[np.int32]
     """`[C, 2]` tokens per chunk: student, teacher; both at least 1."""
     ok: bool
-    """True where both sides are byte for byte the same text (end-of-turn tokens count as equal)."""
+    """True where both sides are known to be the same text: byte for byte, or because one side's tokenizer makes just
+    these tokens of the other's text. End-of-turn tokens count as equal."""
 
     @property
     def starts(self) -> NDArray[np.int32]:

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from tokenalign.chunks import Ints, align_ends, chunk_sizes, comparable_ends
 from tokenalign.flags import Flag
-from tokenalign.offsets import Trace, difference
+from tokenalign.offsets import Trace, difference, without_tail
 from tokenalign.segments import Analysis
 from tokenalign.speller import invalid_bytes
 
@@ -95,18 +95,22 @@ def _chunks(
 ) -> tuple[Ints, Ints]:
     """Chunk of every token, counted over all segments; -1 where the teacher spells nothing."""
     student_ends, teacher_ends = student.ends() * 2, teacher.ends() * 2
-    first = np.cumsum(teacher.counts) - teacher.counts
+    spelled = (teacher.counts > 0)[student.segment]
+    firsts = [np.append(0, np.cumsum(side.counts)).tolist() for side in (student, teacher)]
     for s, found in traces.items():
-        own = slice(first[s], first[s] + teacher.counts[s])
+        ours, theirs = (slice(first[s], first[s + 1]) for first in firsts)
         if found is None:
-            teacher_ends[own] = comparable_ends(student.texts[s], teacher.texts[s], teacher_ends[own] // 2)
-        else:
-            teacher_ends[own] = found.ends
+            teacher_ends[theirs] = comparable_ends(student.texts[s], teacher.texts[s], teacher_ends[theirs] // 2)
+        elif teacher.counts[s]:
+            dropped = without_tail(student_ends[ours] // 2, found.tail, len(student.texts[s]))
+            teacher_ends[theirs] = found.ends
+            spelled[ours] = ~dropped
+            if not dropped.any():
+                teacher_ends[theirs.stop - 1] = 2 * len(student.texts[s])
     student_ends[control[student.segment]] = teacher_ends[control[teacher.segment]] = 1
     # Segments are laid out with a gap, so that no two share an end.
     room = 2 * student.sizes + 2
     base = np.cumsum(room) - room
-    spelled = (teacher.counts > 0)[student.segment]
     student_chunk = np.full(len(student.ids), -1)
     student_chunk[spelled], teacher_chunk = align_ends(
         (student_ends + base[student.segment])[spelled], teacher_ends + base[teacher.segment]

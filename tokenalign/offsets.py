@@ -3,8 +3,8 @@
 A tokenizer that normalises tells for each token where it ends in the text that it was given. Those ends are as good as
 byte ends, with four exceptions that are mended here: tokens that share the text of one character (or of one
 replacement) share its end, so only the last of them has a true one; no end lies in a text that the next token still
-stands for; a character that was joined with marks after it ends after the marks; and what was dropped at the end of a
-text belongs to the last token.
+stands for; a character that was joined with marks after it ends after the marks; and what is dropped at the end of a
+text has no token.
 """
 
 import unicodedata
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tokenalign.chunks import Ints, common_ends
 from tokenalign.kinds import Spelled
@@ -29,6 +30,8 @@ class Trace:
     """`[n]` twice the byte position of each token's end; odd where a token ends at no position of the text."""
     changed: list[Span]
     """The bytes that the tokens do not spell as they are, or beside which they spell more; whole characters."""
+    tail: int
+    """Bytes before what is dropped at the end of the text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,11 +74,11 @@ def trace(
         opening: The first token may start with a blank that is not in the text.
 
     >>> trace(b"A cat", Spelled(ids=[0, 1], starts=[0, 1], ends=[1, 5]), [b"a", b" cat"])
-    Trace(ends=array([ 2, 10]), changed=[(0, 1)])
+    Trace(ends=array([ 2, 10]), changed=[(0, 1)], tail=5)
     """
     given = np.asarray(spelled.ends, np.int64)
     if not given.size:
-        return Trace(ends=given, changed=[(0, len(text))] if text else [])
+        return Trace(ends=given, changed=[(0, len(text))] if text else [], tail=0)
     if (np.diff(given, prepend=0) < 0).any() or given[-1] > len(text):
         return None
 
@@ -108,26 +111,43 @@ def trace(
             ends[group.tokens] = 2 * np.maximum(group.end - np.cumsum(lengths[::-1])[::-1] + lengths, 0)
         else:
             ends[group.tokens] = 2 * group.end - 1
-            spelling = group.spelled
-            if group.blank and not text.startswith(b" ", group.start):
-                spelling = spelling.removeprefix(b" ")
-            start, end = difference(text[: group.end], spelling if group.known else b"", group.start)
-            changed.append((start, end))
+            changed.append(_changed(text, group))
         ends[group.tokens.stop - 1] = 2 * group.end
     if group.end < len(text):
         changed.append((group.end, len(text)))
-        ends[-1] = 2 * len(text)
-    return Trace(ends=ends, changed=changed)
+    return Trace(ends=ends, changed=changed, tail=group.end)
+
+
+def without_tail(ends: Ints, tail: int, size: int) -> NDArray[np.bool_]:
+    """`[N]` True for the other side's tokens that lie in a dropped end of the text, if there is a place to cut it off.
+
+    Args:
+        ends: `[N]` their byte ends.
+        tail: Bytes before what is dropped.
+        size: Bytes of the text.
+
+    >>> without_tail(np.array([2, 3, 5]), 2, 5).tolist(), without_tail(np.array([3, 5]), 2, 5).tolist()
+    ([False, True, True], [False, False])
+    """
+    if tail and tail not in ends:
+        return np.zeros(len(ends), bool)
+    return (ends > tail) & (ends <= size)
+
+
+def _changed(text: bytes, group: _Group) -> Span:
+    """Where a group's tokens do not spell their part of the text; a blank before it has no say where it is free."""
+    spelled = group.spelled if group.known else b""
+    blank = group.blank and text.startswith(b" ", group.start)
+    if group.blank and not blank:
+        spelled = spelled.removeprefix(b" ")
+    return difference(text, spelled, group.start + (blank and not group.known), group.end)
 
 
 def _after_marks(text: bytes, end: int) -> int:
     """The end, or that of the marks which follow there."""
-    return end + sum(len(char.encode()) for char in _leading_marks(text[end:].decode(errors="ignore")))
-
-
-def _leading_marks(text: str) -> str:
-    count = next((place for place, char in enumerate(text) if not _combines(char)), len(text))
-    return text[:count]
+    while (char := text[end : end + 4].decode(errors="ignore")[:1]) and _combines(char):
+        end += len(char.encode())
+    return end
 
 
 def _combines(char: str) -> bool:
@@ -136,16 +156,17 @@ def _combines(char: str) -> bool:
     return unicodedata.category(first)[0] == "M" or "\u1160" <= first <= "\u11ff"
 
 
-def difference(text: bytes, spelled: bytes, start: int = 0) -> Span:
-    """The whole characters in which a text, from `start` on, differs from what is spelled; one beside an addition.
+def difference(text: bytes, spelled: bytes, start: int = 0, end: int | None = None) -> Span:
+    """The whole characters in which a part of a text differs from what is spelled; one beside a mere addition.
 
     >>> difference("à É".encode(), "à é".encode()), difference(b"ab", b"abc")
     ((3, 5), (1, 2))
     """
-    before, after = common_ends(text[start:], spelled)
-    first, last = start + before, len(text) - after
+    end = len(text) if end is None else end
+    before, after = common_ends(text[start:end], spelled)
+    first, last = start + before, end - after
     if first == last:
-        first, last = (first, last + 1) if first < len(text) or not first else (first - 1, last)
+        first, last = (first, last + 1) if first < end or not first else (first - 1, last)
     while first and first < len(text) and text[first] & 0xC0 == 0x80:
         first -= 1
     while last < len(text) and text[last] & 0xC0 == 0x80:

@@ -99,8 +99,8 @@ class Pair:
 
         End-of-turn tokens of the two sides count as equal text; bos, padding and ids without a token are no text, so
         they lie in no chunk; nor is a blank that a tokenizer puts before a text. Where one side is what its tokenizer
-        makes of the other's text, chunks follow that tokenizer's own offsets. Where the texts differ otherwise, `ok` is
-        False and the difference lies in one chunk.
+        makes of the other's text, chunks follow that tokenizer's own offsets, and what it drops at the end lies in no
+        chunk. Where the texts differ otherwise, `ok` is False and the difference lies in one chunk.
 
         Args:
             student_ids: `[m]`, a list, an array of any integer type, or an object with `__array__`.
@@ -115,11 +115,11 @@ class Pair:
             Row(ids=ids, table=table, control=control, speller=speller)
             for ids, (table, control), speller in zip((ours, theirs), self._neutral, self.spellers, strict=True)
         )
-        student_ends, teacher_ends, same = matched(student, teacher)
-        student_chunk, teacher_chunk = align_ends(student_ends, teacher_ends)
-        student_chunk[(student.lengths == 0) | (not teacher.text)] = -1
-        teacher_chunk[(teacher.lengths == 0) | (not student.text)] = -1
-        return alignment(student_chunk, teacher_chunk, ok=same)
+        found = matched(student, teacher)
+        student_chunk, teacher_chunk = align_ends(*found.ends)
+        student_chunk[(student.lengths == 0) | (not teacher.text) | found.dropped[0]] = -1
+        teacher_chunk[(teacher.lengths == 0) | (not student.text) | found.dropped[1]] = -1
+        return alignment(student_chunk, teacher_chunk, ok=found.ok)
 
     @cached_property
     def _neutral(self) -> list[tuple[ByteTable, NDArray[np.bool_]]]:

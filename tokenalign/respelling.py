@@ -86,7 +86,8 @@ class Respelling:
         self.cuts = Cuts(
             student.pieces,
             alone=self._is_control,
-            held={piece for piece, special in teacher.keys if not special},
+            # Words hold their blank, which no token is.
+            held={piece for piece, special in teacher.keys if not special} | {b" "[: len(teacher.kind.free_blanks)]},
             whole={teacher.pieces[id] for id in teacher.added if not teacher.special[id]} | {*self._tags},
             splitting=teacher.splitting,
         )

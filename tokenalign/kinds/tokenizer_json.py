@@ -51,6 +51,7 @@ def kind_of(spec: Spec) -> Kind:
         ]
     )
     ids = tokens | {entry.content: id for id, entry in added.items()}
+    unknown = _unknown(model, ids)
     return Kind(
         pieces=pieces,
         added=added,
@@ -59,13 +60,16 @@ def kind_of(spec: Spec) -> Kind:
         splitting=partial(_splitting, spec),
         rules=_rules(spec),
         dummy_prefix=writing.words or any(_opens_with_blank(part) for part in _spelling(spec)),
-        free_blanks=frozenset(id for id, piece in enumerate(pieces) if piece[:1] == b" ")
-        if writing.words
-        else frozenset(),
-        unknown=_unknown(model, ids),
+        free_blanks=_word_starts(pieces, unknown) if writing.words else frozenset(),
+        unknown=unknown,
         bos=_opening(spec.get("post_processor"), added),
         pad=(spec.get("padding") or {}).get("pad_id"),
     )
+
+
+def _word_starts(pieces: Sequence[bytes], unknown: int | None) -> frozenset[int]:
+    starts = {id for id, piece in enumerate(pieces) if piece[:1] == b" "}
+    return frozenset(starts if unknown is None else starts | {unknown})
 
 
 def _tokens(model: Spec) -> Iterator[tuple[str, int]]:
