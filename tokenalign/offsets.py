@@ -104,14 +104,15 @@ def trace(
         if right and (spelled.starts[right.start] < group.end or spelled.starts[group.tokens.stop - 1] == group.end):
             moved[group.tokens] = moved[right.start]
         right = group.tokens
-    ends, changed = np.zeros_like(given), []
+    ends = np.zeros_like(given)
+    changed: list[Span] = []
     for group in grouped(np.maximum.accumulate(moved)):
         lengths = [len(pieces[id]) for id in spelled.ids[group.tokens]]
         if group.exact(text):
             ends[group.tokens] = 2 * np.maximum(group.end - np.cumsum(lengths[::-1])[::-1] + lengths, 0)
         else:
             ends[group.tokens] = 2 * group.end - 1
-            changed.append(_changed(text, group))
+            changed += _changed(text, group)
         ends[group.tokens.stop - 1] = 2 * group.end
     if group.end < len(text):
         changed.append((group.end, len(text)))
@@ -134,13 +135,18 @@ def without_tail(ends: Ints, tail: int, size: int) -> NDArray[np.bool_]:
     return (ends > tail) & (ends <= size)
 
 
-def _changed(text: bytes, group: _Group) -> Span:
+def _changed(text: bytes, group: _Group) -> list[Span]:
     """Where a group's tokens do not spell their part of the text; a blank before it has no say where it is free."""
     spelled = group.spelled if group.known else b""
     blank = group.blank and text.startswith(b" ", group.start)
     if group.blank and not blank:
         spelled = spelled.removeprefix(b" ")
-    return difference(text, spelled, group.start + (blank and not group.known), group.end)
+    start = group.start + (blank and not group.known)
+    kept = text.find(spelled, start, group.end) if spelled else -1
+    if kept < 0:
+        return [difference(text, spelled, start, group.end)]
+    sides = (start, kept), (kept + len(spelled), group.end)
+    return [(first, last) for first, last in sides if first < last]
 
 
 def _after_marks(text: bytes, end: int) -> int:
