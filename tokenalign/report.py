@@ -236,7 +236,7 @@ def make_report(pair: "Pair") -> Report:
         default_systems=_two(convention.default_system for convention in conventions),
         prompts_alike=_alike([_prompting(side, convention) for side, convention in sides]),
         ends_alike=not (end_flags.has(Flag.EOS_CLASS) & end_flags.has(Flag.NONCANONICAL)).any(),
-        split_otherwise=float(sample.has(Flag.NONCANONICAL).mean()),
+        split_otherwise=float(sample.has(Flag.NONCANONICAL).mean()) if sample.bits.size else 0.0,
         response=[_text(student, id) for id in response.ids.ravel().tolist()],
         dropped={policy: _dropped(response, policy) for policy in get_args(Policy)},
         problems=[convention.problem for convention in conventions if convention.problem],

@@ -79,7 +79,7 @@ def _from_path(path: Path) -> Source:
         kind = _read(path)
         return Source(kind=kind, name=path.name, special=kind.declared, bos=kind.bos)
     config = _read_json(path / "tokenizer_config.json")
-    beyond = added_tokens(config.get("added_tokens_decoder") or {}, _read_json(path / "added_tokens.json"))
+    beyond = added_tokens(_mapping(config.get("added_tokens_decoder")), _read_json(path / "added_tokens.json"))
     kind = _read(_tokenizer_in(path), beyond)
     special = {**kind.declared, **_contents(_read_json(path / "special_tokens_map.json")), **_contents(config)}
     added_bos = kind.id_of(special.get("bos_token", "")) if config.get("add_bos_token") else None
@@ -114,21 +114,28 @@ def _read(path: Path, beyond: tuple[tuple[int, Added], ...] = ()) -> Kind:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}. Repair or remove the file.") from error
-    return content if isinstance(content, dict) else {}
+    return _mapping(content)
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
 
 
 def _folder_template(path: Path, config: Mapping[str, Any]) -> str | None:
     """The same order in which Hugging Face looks: a file of its own beats the settings."""
     jinja = path / "chat_template.jinja"
     if jinja.exists():
-        return jinja.read_text(encoding="utf-8")
+        try:
+            return jinja.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{jinja} is no text: {error}. Repair or remove the file.") from error
     alone = _read_json(path / "chat_template.json").get("chat_template")
     return _one_template(alone or config.get("chat_template"))
 
@@ -136,7 +143,8 @@ def _folder_template(path: Path, config: Mapping[str, Any]) -> str | None:
 def _one_template(template: Any) -> str | None:
     """Of several named templates the one called `default`, or else the first."""
     if isinstance(template, list):
-        template = {entry.get("name", ""): entry.get("template") for entry in template}
+        entries = [entry for entry in template if isinstance(entry, Mapping)]
+        template = {str(entry.get("name", "")): entry.get("template") for entry in entries}
     if isinstance(template, Mapping):
         template = template.get("default") or next(iter(template.values()), None)
     return template if isinstance(template, str) else None
@@ -152,7 +160,9 @@ def _contents(declared: Mapping[str, Any]) -> dict[str, str]:
     return contents
 
 
-def _ids(value: int | list[int] | None) -> frozenset[int]:
-    if value is None:
-        return frozenset()
-    return frozenset([value] if isinstance(value, int) else value)
+def _ids(value: Any) -> frozenset[int]:
+    """An id, several or none, as generation settings name the end-of-turn tokens."""
+    ids = [] if value is None else value if isinstance(value, list | tuple | set | frozenset) else [value]
+    if not all(isinstance(id, int) and not isinstance(id, bool) and id >= 0 for id in ids):
+        raise ValueError(f"the generation settings have eos_token_id {value!r}, expected ids. Repair or remove them.")
+    return frozenset(ids)

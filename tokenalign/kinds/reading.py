@@ -85,11 +85,18 @@ def added_tokens(decoder: Mapping[str, Any], ids: Mapping[str, int]) -> tuple[tu
         decoder: Id and properties, as `added_tokens_decoder` of a `tokenizer_config.json`.
         ids: Content and id, as `added_tokens.json`.
 
+    Raises:
+        ValueError: An id is no number from 0 on, or a content is no text.
+
     >>> added_tokens({"7": {"content": "<|im_end|>", "special": True}}, {"<x>": 8})
     ((7, Added(content='<|im_end|>', special=True)), (8, Added(content='<x>', special=False)))
     """
-    listed = {id: Added(content=content, special=False) for content, id in ids.items()}
-    described = {
-        int(id): Added(content=entry["content"], special=bool(entry.get("special"))) for id, entry in decoder.items()
-    }
-    return tuple(sorted((listed | described).items(), key=lambda item: item[0]))
+    listed: list[tuple[Any, Any, bool]] = [(id, content, False) for content, id in ids.items()]
+    for id, entry in decoder.items():
+        described = entry if isinstance(entry, Mapping) else {}
+        listed.append((int(id) if id.isdecimal() else id, described.get("content"), bool(described.get("special"))))
+    for id, content, _ in listed:
+        if type(id) is not int or id < 0 or not isinstance(content, str):
+            raise ValueError(f"the settings list an added token {content!r} with id {id!r}. Repair or remove it.")
+    found = {id: Added(content=content, special=special) for id, content, special in listed}
+    return tuple(sorted(found.items(), key=lambda item: item[0]))

@@ -67,7 +67,10 @@ def kind_of(model: bytes, more: Mapping[int, Added]) -> Kind:
         return as_piece(text if type in (_UNKNOWN, _CONTROL) or not marked else text.replace("▁", " "))
 
     def id_of(content: str) -> int | None:
-        id = contents.get(content, processor.piece_to_id(content))
+        try:
+            id = contents[content] if content in contents else processor.piece_to_id(content)
+        except TypeError:  # a lone surrogate, which is part of no text
+            return None
         return None if id == unknown and contents.get(content) != unknown else id
 
     return Kind(
