@@ -148,7 +148,7 @@ def test_words_of_two_vocabularies_share_what_they_write_alike():
 )
 def test_bos_is_what_the_library_puts_before_a_text(processor, first):
     copy = Tokenizer.from_str(BASE.to_str())
-    if processor:
+    if processor is not None:
         copy.post_processor = processor
     special = np.flatnonzero(ta.Pair(copy, copy).student.special).tolist()
     put = copy.encode("a").ids[0]

@@ -105,7 +105,7 @@ def byte_level(
 ) -> Tokenizer:
     """Byte-level, split by the patterns in turn, or by the library's own where there is none."""
     tokenizer = Tokenizer(models.Unigram() if unigram else models.BPE(**model))
-    if normalizer:
+    if normalizer is not None:
         tokenizer.normalizer = normalizer
     steps = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
     last = pre_tokenizers.ByteLevel(add_prefix_space=prefix, use_regex=not patterns)
