@@ -4,7 +4,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 ALONE := .venv-tokenalign/bin/python
 
-.PHONY: help quickstart test test-tokenalign test-slow lint clean
+.PHONY: help quickstart test test-tokenalign test-slow fuzz lint clean
 
 define new-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -22,6 +22,7 @@ help:
 	@echo "make test              lint, type checks and tests"
 	@echo "make test-tokenalign   the package tokenalign installed alone: its README and its tests"
 	@echo "make test-slow         the tests that take minutes"
+	@echo "make fuzz              10^5 random token streams and damaged files against tokenalign (minutes)"
 	@echo "make lint              lint and type checks only"
 	@echo "make clean             remove the environments and caches; runs/ stays"
 
@@ -34,12 +35,15 @@ test: lint
 test-slow: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
 
+fuzz: .venv/dev-installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tokenalign/test_fuzz.py
+
 # -P keeps this folder off the path, so that the installed package is tested and not the one that lies here.
 test-tokenalign: .venv-tokenalign/installed
 	$(ALONE) $(PIP_INSTALL) --force-reinstall --no-deps ./tokenalign
 	@rm -rf $(BUILT)
-	OMP_NUM_THREADS=1 $(ALONE) -P -m pytest -c tests/tokenalign/pytest.ini \
-	  tokenalign/README.md tests/tokenalign --pyargs tokenalign
+	$(ALONE) -P -m doctest tokenalign/README.md
+	OMP_NUM_THREADS=1 $(ALONE) -P -m pytest -c tests/tokenalign/pytest.ini tests/tokenalign --pyargs tokenalign
 
 lint: .venv/dev-installed
 	$(PY) -m ruff check .

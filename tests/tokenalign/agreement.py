@@ -84,7 +84,7 @@ def stripping(tokenizer: Tokenizer) -> Tokenizer:
     copy.add_tokens(
         [AddedToken("<x>", rstrip=True, normalized=False), AddedToken("ink", lstrip=True, normalized=False)]
     )
-    copy.add_tokens([AddedToken("42", rstrip=True, normalized=False)])
+    copy.add_tokens([AddedToken("42", lstrip=True, rstrip=True, normalized=False)])
     return copy
 
 
