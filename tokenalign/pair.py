@@ -29,15 +29,16 @@ class Pair:
     """A student's and a teacher's tokenizer.
 
     Args:
-        student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object that has one as its
-            `.backend_tokenizer`.
+        student: A Hugging Face folder; a `tokenizer.json`, a `tekken.json` or a sentencepiece model; a
+            `tokenizers.Tokenizer`, a `tiktoken.Encoding`, a `sentencepiece.SentencePieceProcessor`; or an object that
+            has one as its `.backend_tokenizer` or `.sp_model`.
         teacher: Likewise.
         tags: Tags besides the usual ones and those that the chat templates show, see `Pair.tags`.
         student_size: Ids of the student's output where the model is padded beyond its tokenizer; such ids are UNMAPPED.
         teacher_size: Likewise.
 
     Raises:
-        FileNotFoundError: A path does not exist or holds no tokenizer.json.
+        FileNotFoundError: A path does not exist or holds no tokenizer.
         ValueError: A tokenizer is of an unsupported kind, a size is smaller than its tokenizer, or a tag is no text.
     """
 
