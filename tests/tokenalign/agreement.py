@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -51,8 +51,8 @@ class Case:
     @staticmethod
     def _given(side: Side, template: str | None) -> Wrapped:
         declared = {} if side.pad is None else {"pad_token": side.tokenizer.id_to_token(side.pad)}
-        if template is None and side.own_end is not None:
-            declared["eos_token"] = side.tokenizer.id_to_token(side.own_end)
+        for id in side.ends - (set() if template is None else {side.own_end}):
+            declared["eos_token"] = side.tokenizer.id_to_token(id)
         return Wrapped(side.tokenizer, template, declared)
 
     @cached_property
@@ -61,8 +61,9 @@ class Case:
         rng = random.Random(0)
         texts = [*CORPUS[:4], *("".join(rng.choices(SNIPPETS, k=8)) for _ in range(40))]
         natural = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
-        special = [id for id in range(len(self.student.pieces)) if self.student.special(id)]
-        return Streams(self.student.pieces, [*special, *self.student.ends], natural)
+        pieces = self.student.pieces
+        silent = [id for id, piece in enumerate(pieces) if self.student.special(id) or not piece]
+        return Streams(pieces, [*silent, *self.student.ends], natural)
 
 
 def side(tokenizer: Tokenizer, end: str | None = None, pad: str | None = None, **more: Any) -> Side:
@@ -100,6 +101,14 @@ def _cases() -> dict[str, Callable[[], Case]]:
             student=ours, teacher=side(with_tokens(base, TAGS), "<|end|>", PAD), templates=(IM_END, END)
         ),
         "pad ends turns": lambda: Case(student=side(base, PAD, PAD), teacher=side(base, "<|im_end|>", PAD)),
+        "two tokens end turns": lambda: Case(
+            student=replace(ours, ends=ours.ends | {base.token_to_id("<|end|>")}),
+            teacher=side(base, "<|im_end|>"), templates=(IM_END, IM_END),
+        ),
+        "control tokens are words to the teacher": lambda: Case(
+            student=ours, teacher=side(with_tokens(train(special=[]), ["<|im_end|>", "<|im_start|>"])),
+            templates=(IM_END, None),
+        ),
         "itself": lambda: Case(student=ours, teacher=ours, templates=(IM_END, IM_END)),
         "tags as control tokens": lambda: Case(
             student=side(train()), teacher=side(with_tokens(train(), TAGS, special=True))
@@ -129,7 +138,14 @@ def _cases() -> dict[str, Callable[[], Case]]:
 
 CASES = _cases()
 
-UNSURE = Flag.NORMALISED | Flag.NONCANONICAL | Flag.MISALIGNED
+COARSER = Flag.NONCANONICAL | Flag.MISALIGNED
+UNSURE = Flag.NORMALISED | COARSER
+
+
+def joins(coarse: Sequence[int], fine: Sequence[int]) -> bool:
+    """True if the same tokens have a chunk, and each coarse chunk is one or several fine ones."""
+    pairs = set(zip(fine, coarse, strict=True))
+    return len(pairs) == len(set(fine)) and all((one < 0) == (other < 0) for one, other in pairs)
 
 
 def check(
@@ -148,14 +164,17 @@ def check(
         expected = case.reference.row(row, own)
         bits, alignment = flags.bits[place].tolist(), spelled.alignments[place]
         assert spelled.ids[place].tolist() == expected.teacher_ids, row
-        if expected.normalised:
-            bits = [bit & ~UNSURE for bit in bits]
-            expected.bits[:] = [bit & ~UNSURE for bit in expected.bits]
-        else:
-            assert alignment.student_chunk.tolist() == expected.student_chunk, row
-            assert alignment.teacher_chunk.tolist() == expected.teacher_chunk, row
-            assert alignment.ok == expected.ok, row
-        assert bits == expected.bits, _told(case, row, bits, expected.bits)
+        assert expected.broken or alignment.ok == expected.ok, row
+        found = [*alignment.student_chunk.tolist(), *alignment.teacher_chunk.tolist()]
+        chunks = [*expected.student_chunk, *expected.teacher_chunk]
+        assert expected.broken or found == chunks or (expected.changed and joins(found, chunks)), (row, found, chunks)
+        # What the package cannot tell apart it flags, and nothing else.
+        allowed = UNSURE if expected.broken else COARSER if expected.changed else Flag(0)
+        agree = [
+            a | allowed == b | allowed and (expected.broken or a & b == b)
+            for a, b in zip(bits, expected.bits, strict=True)
+        ]
+        assert all(agree), _told(case, row, bits, expected.bits)
         assert alignment.chunks.sum(axis=0).tolist() == [
             (alignment.student_chunk >= 0).sum(),
             len(expected.teacher_ids),

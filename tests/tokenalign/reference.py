@@ -65,7 +65,8 @@ class Side:
 
     def _piece(self, token: str) -> bytes:
         if not self.marked:
-            return bytes(ALPHABET[character] for character in token)
+            written = set(token) <= set(ALPHABET)
+            return bytes(ALPHABET[character] for character in token) if written else token.encode()
         if token.startswith("<0x") and token.endswith(">") and len(token) == 6:
             return bytes([int(token[3:5], 16)])
         return token.replace("▁", " ").encode()
@@ -200,9 +201,11 @@ class Row:
     student_chunk: list[int]
     teacher_chunk: list[int]
     ok: bool
-    normalised: bool
-    """True where the teacher changes the text of a segment that holds bytes which are no UTF-8: there the package
-    promises less than is found here."""
+    changed: bool
+    """True where the teacher changes text. Its tokenizer tells where tokens end by whole characters, so that the
+    package may join chunks that are told apart here."""
+    broken: bool
+    """True where it changes text beside bytes that are no UTF-8. Of such text the package promises the ids alone."""
 
 
 class Reference:
@@ -256,7 +259,7 @@ class Reference:
         teacher_ids: list[int] = []
         teacher_chunk: list[int] = []
         student_chunk = [-1] * len(ids)
-        chunks, ok, loose = 0, True, False
+        chunks, ok, changed, broken = 0, True, False, False
         for places in self.segments(ids, outside):
             own = [ids[place] for place in places]
             if self.is_control(own[0]):
@@ -267,8 +270,8 @@ class Reference:
                 spelling = self._text(own, ours := [], theirs := [], found := [])
                 spelled = spelling.ids
                 text = b"".join(self.student.pieces[id] for id in own)
-                broken = not all(valid for _, _, valid in runs(text))
-                loose |= broken and bool(spelling.changed)
+                changed |= bool(spelling.changed)
+                broken |= bool(spelling.changed) and not all(valid for _, _, valid in runs(text))
             sizes, by_chunk = (Counter(ours), Counter(theirs)), dict(zip(theirs, spelled, strict=True))
             for place, chunk, before, flags, id in zip(places, ours, [None, *ours], found, own, strict=False):
                 alone = chunk >= 0 and sizes[0][chunk] == sizes[1][chunk] == 1
@@ -281,7 +284,7 @@ class Reference:
             chunks += 1 + max(theirs, default=-1)
         return Row(
             bits=bits, teacher_ids=teacher_ids, student_chunk=student_chunk, teacher_chunk=teacher_chunk, ok=ok,
-            normalised=loose,
+            changed=changed, broken=broken,
         )  # fmt: skip
 
     def segments(self, ids: Sequence[int], outside: Sequence[bool]) -> Iterable[list[int]]:

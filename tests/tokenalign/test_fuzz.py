@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from agreement import CASES, PAD, POLICIES, Case, check
+from reference import tag_spans
 from tokenizer_kit import IM_END, Wrapped, byte_level, tekken, train, train_metaspace, train_sentencepiece, words
 
 import tokenalign as ta
@@ -45,6 +46,9 @@ def fuzz(case: Case, seed: int, streams: int) -> None:
         if rng.random() < 0.02:
             pair = case.pair()
         check(case, pair, rows, masks, rng.choice(DTYPES))
+        known = [id for id in rows[0] if id < len(case.student.pieces) - case.student.surplus]
+        tags = ["  ", "<think>", "\n", "a"]
+        assert ta.tag_spans(case.student.tokenizer, known, tags) == [tag_spans(case.student, known, tags)]
 
 
 def test_streams_agree_with_the_reference(case):
@@ -70,7 +74,16 @@ def strange_pairs() -> dict[str, tuple[object, object]]:
     }
 
 
-@pytest.fixture(scope="module", params=[*CASES, *strange_pairs()])
+VARIED = (
+    "tags whole, turns ended otherwise",
+    "pad ends turns",
+    "more ids than tokens",
+    "composed",
+    "marked to byte-level",
+)
+
+
+@pytest.fixture(scope="module", params=[*VARIED, *strange_pairs()])
 def any_pair(request) -> ta.Pair:
     if request.param in CASES:
         return CASES[request.param]().pair()
