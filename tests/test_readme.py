@@ -69,6 +69,16 @@ def test_the_task_of_the_readme_trains(tmp_path, student_folder):
     assert "reverse" in done.stdout
 
 
+def test_tokenalign_alone_is_used_as_the_readme_says(student_folder, capsys):
+    (code,) = [block for block in BLOCKS["python"] if "to_teacher" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    names = {"ids": [[65, 66, 67]], "response_mask": [[False, True, True]]}
+    exec(re.sub(r"path/of/\w+", str(student_folder), code), names)
+    assert names["keep"].tolist() == [[False, True, True]]
+    assert len(names["teacher"].ids) == 1
+    assert "policy" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_a_clean_clone_in_a_folder_with_a_space_runs_twice(tmp_path):
