@@ -154,6 +154,23 @@ def test_policies_are_ordered_and_chunks_add_up(any_pair, batch):
                 assert (row[live & ~inside] != 0).all()
 
 
+def test_aligning_any_two_rows_keeps_every_token_in_order(any_pair):
+    """Texts that have nothing, something or everything in common."""
+    rng = np.random.default_rng(4)
+    for _ in range(60):
+        ours = rng.integers(0, any_pair.student.size, rng.integers(0, 12))
+        theirs = any_pair.to_teacher(ours).ids[0]
+        edited = rng.permutation(theirs)[: rng.integers(0, 12)]
+        for teacher in (theirs, edited, np.concatenate([theirs, edited]), rng.integers(0, any_pair.teacher.size, 5)):
+            found = any_pair.align(ours, teacher)
+            for column, chunk in enumerate((found.student_chunk, found.teacher_chunk)):
+                inside = chunk[chunk >= 0]
+                assert (np.diff(inside) >= 0).all()
+                assert np.bincount(inside, minlength=len(found.chunks)).tolist() == found.chunks[:, column].tolist()
+            assert (found.chunks >= 1).all()
+            assert found.starts.shape == found.chunks.shape
+
+
 @pytest.mark.parametrize("length", [0, 1, 100_000])
 @pytest.mark.timeout(60)
 def test_lengths(any_pair, length):
