@@ -1,6 +1,7 @@
 """Two tokenized rows on one scale: the same text, byte for byte or as one of the two tokenizers changes it."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from tokenalign.speller import Speller
 from tokenalign.vocabulary import ByteTable
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One side's tokens."""
 
@@ -23,17 +24,17 @@ class Row:
     """`[V]` True for tokens that stand for no text, but for bos and padding."""
     speller: Speller
 
-    @property
+    @cached_property
     def text(self) -> bytes:
         """All bytes."""
         return self.table.text(self.ids)
 
-    @property
+    @cached_property
     def lengths(self) -> Ints:
         """`[N]` bytes per token."""
         return self.table.lengths[self.ids]
 
-    @property
+    @cached_property
     def ends(self) -> Ints:
         """`[N]` byte ends."""
         return self.table.ends(self.ids)

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,11 +32,15 @@ class VocabMap:
     to_student: NDArray[np.int32]
     """`[V_t]` student id, -1 for none."""
 
-    @classmethod
-    def between(cls, student: Vocabulary, teacher: Vocabulary) -> "VocabMap":
-        """The map between two vocabularies."""
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def between(student: Vocabulary, teacher: Vocabulary) -> "VocabMap":
+        """The map between two vocabularies, read-only; the last few are remembered."""
         same = np.flatnonzero(_same(student, teacher))
-        return cls(to_teacher=_one_way(student, teacher, same), to_student=_one_way(teacher, student, same))
+        both_ways = _one_way(student, teacher, same), _one_way(teacher, student, same)
+        for mapped in both_ways:
+            mapped.setflags(write=False)
+        return VocabMap(to_teacher=both_ways[0], to_student=both_ways[1])
 
 
 def _one_way(source: Vocabulary, target: Vocabulary, same: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -51,13 +56,17 @@ def _same(student: Vocabulary, teacher: Vocabulary) -> NDArray[np.bool_]:
     return np.fromiter((bool(a[0]) and a == b for a, b in pairs), bool, min(student.size, teacher.size))
 
 
+@lru_cache(maxsize=4)
 def collisions(student: Vocabulary, teacher: Vocabulary) -> NDArray[np.int64]:
-    """Ids that are a token on both sides, with other bytes or another role."""
+    """Ids that are a token on both sides, with other bytes or another role; read-only, the last few are remembered."""
     size = min(student.size, teacher.size)
     both = (student.lengths[:size] > 0) & (teacher.lengths[:size] > 0)
-    return np.flatnonzero(both & ~_same(student, teacher))
+    found = np.flatnonzero(both & ~_same(student, teacher))
+    found.setflags(write=False)
+    return found
 
 
+@lru_cache(maxsize=4)
 def relation(student: Vocabulary, teacher: Vocabulary) -> Relation:
     """How two vocabularies are related, by their tables and the rules by which they split."""
     if student.keys[: student.known] == teacher.keys[: teacher.known]:

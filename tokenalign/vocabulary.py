@@ -12,6 +12,10 @@ from tokenalign.source import Source
 from tokenalign.splitting import Splitting
 
 
+_BLOCK = 1 << 15
+"""Tokens whose bytes are looked up at once: few enough to stay in the processor's cache."""
+
+
 class ByteTable:
     """Bytes per id, laid out so that a whole sequence is read without a loop.
 
@@ -21,17 +25,20 @@ class ByteTable:
     """
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
-        self.lengths: NDArray[np.int64] = np.fromiter(map(len, pieces), np.int64, len(pieces))
+        self.lengths: NDArray[np.int32] = np.fromiter(map(len, pieces), np.int32, len(pieces))
+        self._longest = int(self.lengths.max(initial=0))
         self._starts = np.cumsum(self.lengths) - self.lengths
         self._blob = np.frombuffer(b"".join(pieces), np.uint8)
 
-    def ends(self, ids: Ints) -> NDArray[np.int64]:
+    def ends(self, ids: Ints) -> Ints:
         """Byte ends `[N]` of a sequence of ids `[N]`."""
-        return np.cumsum(self.lengths[ids])
+        fits = len(ids) * self._longest < 1 << 30  # so that twice an end fits, too
+        return np.cumsum(self.lengths[ids], dtype=np.int32 if fits else np.int64)
 
     def text(self, ids: Ints) -> bytes:
         """All bytes of a sequence of ids `[N]`."""
-        return self._blob[ranges(self._starts[ids], self.lengths[ids])].tobytes()
+        blocks = (ids[start : start + _BLOCK] for start in range(0, len(ids), _BLOCK))
+        return b"".join(self._blob[ranges(self._starts[block], self.lengths[block])].tobytes() for block in blocks)
 
 
 class Vocabulary:
@@ -65,7 +72,7 @@ class Vocabulary:
         return ByteTable(self.pieces)
 
     @property
-    def lengths(self) -> NDArray[np.int64]:
+    def lengths(self) -> NDArray[np.int32]:
         """`[V]` bytes per id."""
         return self.table.lengths
 
