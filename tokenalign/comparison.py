@@ -149,29 +149,40 @@ def _spans(
 ) -> Iterator[Span]:
     """Reasons that follow from the bytes, at byte positions counted over all segments."""
     offsets = np.cumsum(student.sizes) - student.sizes
-    for s in np.flatnonzero(~control).tolist():
-        text, offset = student.texts[s], int(offsets[s])
-        for start, end in find(text, tags):
-            yield Flag.TAG, offset + start, offset + end
-        for place in np.flatnonzero(invalid_bytes(text)).tolist():
-            yield Flag.INVALID_UTF8, offset + place, offset + place + 1
-        if s in traces:
-            found = traces[s]
-            for start, end in found.changed if found else [difference(text, teacher.texts[s])]:
-                yield Flag.NORMALISED, offset + start, offset + end
+    # Most segments hold neither a tag nor anything but ASCII; these are looked for in all at once.
+    text = b"".join(student.texts)
+    for segment, start, end in find_within(text, tags, offsets):
+        if not control[segment]:
+            yield Flag.TAG, start, end
+    beyond_ascii = np.flatnonzero(np.frombuffer(text, np.uint8) >= 0x80)
+    for s in np.unique(_holder(offsets, beyond_ascii)).tolist():
+        if not control[s]:
+            for place in np.flatnonzero(invalid_bytes(student.texts[s])).tolist():
+                yield Flag.INVALID_UTF8, int(offsets[s]) + place, int(offsets[s]) + place + 1
+    for s, found in traces.items():
+        for start, end in found.changed if found else [difference(student.texts[s], teacher.texts[s])]:
+            yield Flag.NORMALISED, int(offsets[s]) + start, int(offsets[s]) + end
 
 
-def find(text: bytes, tags: Sequence[bytes]) -> Iterator[tuple[int, int]]:
-    """Start and end of every occurrence of every tag.
+def _holder(offsets: Ints, places: Ints) -> Ints:
+    """The segment, given where each starts, that holds each byte."""
+    return np.searchsorted(offsets, places, side="right") - 1
 
-    >>> list(find(b"a<b><b>", [b"<b>"]))
-    [(1, 4), (4, 7)]
+
+def find_within(text: bytes, tags: Sequence[bytes], offsets: Ints) -> Iterator[tuple[int, int, int]]:
+    """Segment, start and end of every occurrence of every tag within one of the segments that make up a text.
+
+    >>> list(find_within(b"a<b><b><b>", [b"<b>"], np.array([0, 5])))  # the one across two segments is none
+    [(0, 1, 4), (1, 7, 10)]
     """
     for tag in tags:
         start = text.find(tag)
         while start >= 0:
-            yield start, start + len(tag)
-            start = text.find(tag, start + len(tag))
+            end = start + len(tag)
+            first, last = _holder(offsets, np.array([start, end - 1])).tolist()
+            if first == last:
+                yield first, start, end
+            start = text.find(tag, end if first == last else start + 1)
 
 
 def _mark(bits: NDArray[np.uint16], ends: Ints, spans: Iterable[Span]) -> None:

@@ -34,6 +34,8 @@ class Speller:
     def spell(self, texts: Sequence[bytes]) -> list[list[int]]:
         """Ids per text; bytes that are no UTF-8 are spelled one by one where the tokenizer has such tokens."""
         runs = [_runs(text) for text in texts]
+        if all(len(row) == 1 for row in runs):
+            return self._encoder.ids([run for (run,) in runs])
         ids = iter(self._encoder.ids([run for row in runs for run in row[::2]]))
         return [
             [id for place, run in enumerate(row) for id in (self._invalid(run) if place % 2 else next(ids))]

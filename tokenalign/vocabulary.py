@@ -11,7 +11,6 @@ from tokenalign.kinds import Encoder, Kind
 from tokenalign.source import Source
 from tokenalign.splitting import Splitting
 
-
 _BLOCK = 1 << 15
 """Tokens whose bytes are looked up at once: few enough to stay in the processor's cache."""
 
