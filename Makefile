@@ -2,15 +2,29 @@
 # More arguments for the run: make quickstart ARGS="--seed_everything 1".
 PYTHON ?= python3
 PY := .venv/bin/python
+ALONE := .venv-tokenalign/bin/python
 
-.PHONY: help quickstart test test-slow lint clean
+.PHONY: help quickstart test test-tokenalign test-slow fuzz lint clean
+
+define new-venv
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	$(PYTHON) -m venv $(1)
+endef
+
+# Left behind by pip; a module that is gone would come back from there.
+BUILT := tokenalign/build tokenalign/tokenalign.egg-info
+
+PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 help:
-	@echo "make quickstart   distil the embedded student on math and ALFWorld (minutes on two CPU cores)"
-	@echo "make test         lint, type checks and tests"
-	@echo "make test-slow    the tests that take minutes"
-	@echo "make lint         lint and type checks only"
-	@echo "make clean        remove .venv and caches; runs/ stays"
+	@echo "make quickstart        distil the embedded student on math and ALFWorld (minutes on two CPU cores)"
+	@echo "make test              lint, type checks and tests"
+	@echo "make test-tokenalign   the package tokenalign installed alone: its README and its tests"
+	@echo "make test-slow         the tests that take minutes"
+	@echo "make fuzz              10^5 random token streams and damaged files against tokenalign (minutes)"
+	@echo "make lint              lint and type checks only"
+	@echo "make clean             remove the environments and caches; runs/ stays"
 
 quickstart: .venv/quickstart-installed
 	$(PY) -m lsm_lightning fit --config configs/quickstart.yaml $(ARGS)
@@ -21,23 +35,37 @@ test: lint
 test-slow: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
 
+fuzz: .venv/dev-installed
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tokenalign/test_fuzz.py
+
+# -P keeps this folder off the path, so that the installed package is tested and not the one that lies here.
+test-tokenalign: .venv-tokenalign/installed
+	$(ALONE) $(PIP_INSTALL) --force-reinstall --no-deps ./tokenalign
+	@rm -rf $(BUILT)
+	$(ALONE) -P -m doctest tokenalign/README.md
+	OMP_NUM_THREADS=1 $(ALONE) -P -m pytest -c tests/tokenalign/pytest.ini tests/tokenalign --pyargs tokenalign
+
 lint: .venv/dev-installed
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-	  { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11 ..."; exit 1; }
-	$(PYTHON) -m venv .venv
+	$(call new-venv,.venv)
 
 .venv/quickstart-installed: pyproject.toml | .venv/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[alfworld]"
+	$(PY) $(PIP_INSTALL) -e ".[alfworld]"
 	@touch $@
 
 .venv/dev-installed: pyproject.toml | .venv/bin/python
-	$(PY) -m pip install --quiet --disable-pip-version-check -e ".[alfworld,dev]"
+	$(PY) $(PIP_INSTALL) -e ".[alfworld,dev]"
 	@touch $@ .venv/quickstart-installed
 
+.venv-tokenalign/installed: tokenalign/pyproject.toml
+	rm -rf .venv-tokenalign $(BUILT)
+	$(call new-venv,.venv-tokenalign)
+	$(ALONE) $(PIP_INSTALL) "./tokenalign[test,sentencepiece,tiktoken]"
+	@touch $@
+
 clean:
-	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-tokenalign $(BUILT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

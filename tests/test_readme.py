@@ -23,14 +23,15 @@ COMMANDS = [
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = {shlex.split(line, comments=True)[1] for line in COMMANDS if line.startswith("make ")}
-    assert targets >= {"quickstart", "test"}
+    assert targets >= {"quickstart", "test", "test-tokenalign"}
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
 
 
-def test_continuous_integration_runs_the_test_command_of_the_readme():
+def test_continuous_integration_runs_the_test_commands_of_the_readme():
     lines = (ROOT / ".ci" / "run").read_text().splitlines()
     called = [line for line in lines if line and not line.startswith(("#", "set ", "cd "))]
-    assert called == ["make test"]
+    assert called == [line.split(" #")[0].strip() for line in COMMANDS if line.startswith("make test")]
+    assert called == ["make test", "make test-tokenalign"]
 
 
 @pytest.mark.parametrize("command", [line for line in COMMANDS if "lsm_lightning" in line])
@@ -66,6 +67,16 @@ def test_the_task_of_the_readme_trains(tmp_path, student_folder):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     assert "reverse" in done.stdout
+
+
+def test_tokenalign_alone_is_used_as_the_readme_says(student_folder, capsys):
+    (code,) = [block for block in BLOCKS["python"] if "to_teacher" in block]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 6
+    names = {"ids": [[65, 66, 67]], "response_mask": [[False, True, True]]}
+    exec(re.sub(r"path/of/\w+", str(student_folder), code), names)
+    assert names["keep"].tolist() == [[False, True, True]]
+    assert len(names["teacher"].ids) == 1
+    assert "policy" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """What a program from somebody else may use up: steps, characters and seconds.
 
-An operation is weighed before it runs, by the product of the sizes of what it is given, and its result is counted
-after. So one operation is never long, and the clock, which is read between operations, stops a long row of them.
+An operation is weighed before it runs, by the size of what it works on times that of its arguments, and its result is
+counted after. So one operation is never long, and the clock, which is read between operations, stops a row of many.
 """
 
 import re

@@ -23,13 +23,15 @@ class Alignment:
     """
 
     student_chunk: NDArray[np.int32]
-    """`[m]` chunk of each student token, -1 for a token outside the text (bos, padding, prompt)."""
+    """`[m]` chunk of each student token, -1 for a token outside the text (bos, padding, prompt) or
+    at an end of it that the other tokenizer drops."""
     teacher_chunk: NDArray[np.int32]
     """`[n]` chunk of each teacher token."""
     chunks: NDArray[np.int32]
     """`[C, 2]` tokens per chunk: student, teacher; both at least 1."""
     ok: bool
-    """True where both sides are byte for byte the same text (end-of-turn tokens count as equal)."""
+    """True where both sides are known to be the same text: byte for byte, or because one side's tokenizer makes just
+    these tokens of the other's text. End-of-turn tokens count as equal."""
 
     @property
     def starts(self) -> NDArray[np.int32]:
@@ -88,11 +90,29 @@ def align_ends(student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
     >>> [side.tolist() for side in align_ends(student, teacher)]
     [[0, 0, 1], [0, 0, 1]]
     """
-    # Both ascend, so a search finds what they share faster than a sort; the added end is one that no student token has.
-    at = np.searchsorted(teacher_ends, student_ends)
-    shared = student_ends[(np.append(teacher_ends, -1)[at] == student_ends) & (student_ends > 0)]
-    shared = shared[np.diff(shared, prepend=0) > 0]
-    return np.searchsorted(shared, student_ends), np.searchsorted(shared, teacher_ends)
+    # Marks on the scale of the bytes: linear, where searching or sorting the ends of the other side is not.
+    size = 1 + max(student_ends.max(initial=0), teacher_ends.max(initial=0))
+    ours, theirs = (ends if (ends[:1] >= 0).all() else np.maximum(ends, 0) for ends in (student_ends, teacher_ends))
+    shared = _marked(ours, size)
+    shared &= _marked(theirs, size)
+    shared[0] = False
+    return _chunk_of(ours, shared), _chunk_of(theirs, shared)
+
+
+def _marked(ends: Ints, size: int) -> NDArray[np.bool_]:
+    mark = np.zeros(size, bool)
+    mark[ends] = True
+    return mark
+
+
+def _chunk_of(ends: Ints, shared: NDArray[np.bool_]) -> NDArray[np.int32]:
+    """How many shared ends lie before each end, ascending: those up to it, less itself."""
+    closes = shared[ends]
+    first = closes.copy()
+    first[1:] &= ends[1:] != ends[:-1]
+    chunk = np.cumsum(first, dtype=np.int32)
+    chunk -= closes
+    return chunk
 
 
 def chunk_sizes(student_chunk: Ints, teacher_chunk: Ints) -> NDArray[np.int32]:
@@ -102,15 +122,17 @@ def chunk_sizes(student_chunk: Ints, teacher_chunk: Ints) -> NDArray[np.int32]:
     [[2, 1], [1, 1]]
     """
     count = 1 + max(student_chunk.max(initial=-1), teacher_chunk.max(initial=-1))
-    sides = [np.bincount(side[side >= 0], minlength=count) for side in (student_chunk, teacher_chunk)]
-    return np.stack(sides, axis=1).astype(np.int32)
+    sizes = np.empty((count, 2), np.int32)
+    for column, side in enumerate((student_chunk, teacher_chunk)):
+        sizes[:, column] = np.bincount(side[side >= 0], minlength=count)
+    return sizes
 
 
 def alignment(student_chunk: Ints, teacher_chunk: Ints, *, ok: bool) -> Alignment:
     """The alignment with these chunks `[m]`, `[n]`."""
     return Alignment(
-        student_chunk=student_chunk.astype(np.int32),
-        teacher_chunk=teacher_chunk.astype(np.int32),
+        student_chunk=student_chunk.astype(np.int32, copy=False),
+        teacher_chunk=teacher_chunk.astype(np.int32, copy=False),
         chunks=chunk_sizes(student_chunk, teacher_chunk),
         ok=ok,
     )
@@ -135,10 +157,10 @@ def _equal_run(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
     return int(different.argmax()) if different.any() else len(a)
 
 
-def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_ends: Ints) -> tuple[Ints, Ints]:
-    """Ends of both sides on one scale although the texts differ (a normaliser, an unknown token).
+def comparable_ends(student: bytes, teacher: bytes, teacher_ends: Ints) -> Ints:
+    """The teacher's ends in the student's text although the two texts differ, nobody knows how.
 
-    Positions are doubled. Teacher ends in the common prefix and suffix keep their place in the student's text; those in
+    Positions are doubled. Ends in the common prefix and suffix keep their place in the student's text; those in
     between get an odd position, which no student end has, so that everything between lies in one chunk.
     """
     prefix, suffix = common_ends(student, teacher)
@@ -148,7 +170,7 @@ def comparable_ends(student: bytes, teacher: bytes, student_ends: Ints, teacher_
     before = (teacher_ends < prefix) | ((teacher_ends == prefix) & (not inserts))
     between = 2 * prefix + (-1 if inserts else 1)
     shifted = 2 * (teacher_ends + len(student) - len(teacher))
-    return student_ends * 2, np.where(after, shifted, np.where(before, teacher_ends * 2, between))
+    return np.where(after, shifted, np.where(before, teacher_ends * 2, between))
 
 
 def ranges(starts: Ints, counts: Ints) -> Ints:

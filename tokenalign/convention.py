@@ -98,26 +98,19 @@ def detect(source: Source, vocabulary: Vocabulary, template: str | None) -> Conv
     named = source.end_ids | ({eos} if eos is not None else set())
     ends = frozenset(id for id in named if id < vocabulary.size)
     plain = Convention(
-        bos=_added_bos(source, vocabulary),
+        bos=source.bos,
         turn_end=ends,
-        pad=_pad_of(source, vocabulary) if pad is None else pad,
+        pad=_pad_of(vocabulary) if pad is None else pad,
         own_turn_end=min(ends, default=None) if eos is None else eos,
     )
     return plain if template is None else _rendered(plain, template, source, vocabulary)
 
 
-def _added_bos(source: Source, vocabulary: Vocabulary) -> int | None:
-    """The control token that the tokenizer itself puts before a text."""
-    encoding = source.tokenizer.encode("a")
-    first = next((id for id, live in zip(encoding.ids, encoding.attention_mask, strict=True) if live), None)
-    return first if first is not None and vocabulary.special[first] else None
-
-
-def _pad_of(source: Source, vocabulary: Vocabulary) -> int | None:
+def _pad_of(vocabulary: Vocabulary) -> int | None:
     """Of a bare tokenizer: its padding settings, or a control token whose name says so."""
-    if source.tokenizer.padding:
-        return int(source.tokenizer.padding["pad_id"])
-    special = {id: entry["content"] for id, entry in vocabulary.added.items() if entry["special"]}
+    if vocabulary.kind.pad is not None:
+        return vocabulary.kind.pad
+    special = {id: entry.content for id, entry in vocabulary.added.items() if entry.special}
     return next((id for id, content in special.items() if content.strip("<|>[]").lower() == "pad"), None)
 
 

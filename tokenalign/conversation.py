@@ -50,7 +50,7 @@ class Renderer:
 
     def __init__(self, source_text: str, source: Source, vocabulary: Vocabulary) -> None:
         self.special = source.special
-        self.ids = {entry["content"]: id for id, entry in vocabulary.added.items() if entry["special"]}
+        self.ids = {entry.content: id for id, entry in vocabulary.added.items() if entry.special}
         longest_first = sorted(self.ids, key=len, reverse=True)
         self.control = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         self._template = ChatTemplate(source_text)

@@ -9,9 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenalign.arguments import checked_ids, checked_mask, padding
-from tokenalign.chunks import Alignment, Ints, align_ends, alignment, comparable_ends
+from tokenalign.chunks import Alignment, Ints, align_ends, alignment
 from tokenalign.convention import Convention, all_tags, detect
 from tokenalign.flags import Flag, TokenFlags
+from tokenalign.matching import Row, matched
 from tokenalign.relation import Relation, VocabMap, collisions, relation
 from tokenalign.report import Report, make_report
 from tokenalign.respelling import Respelling, TeacherText, teacher_text
@@ -28,15 +29,16 @@ class Pair:
     """A student's and a teacher's tokenizer.
 
     Args:
-        student: A Hugging Face folder, a `tokenizer.json`, a `tokenizers.Tokenizer`, or an object that has one as its
-            `.backend_tokenizer`.
+        student: A Hugging Face folder; a `tokenizer.json`, a `tekken.json` or a sentencepiece model; a
+            `tokenizers.Tokenizer`, a `tiktoken.Encoding`, a `sentencepiece.SentencePieceProcessor`; or an object that
+            has one as its `.backend_tokenizer` or `.sp_model`.
         teacher: Likewise.
         tags: Tags besides the usual ones and those that the chat templates show, see `Pair.tags`.
         student_size: Ids of the student's output where the model is padded beyond its tokenizer; such ids are UNMAPPED.
         teacher_size: Likewise.
 
     Raises:
-        FileNotFoundError: A path does not exist or holds no tokenizer.json.
+        FileNotFoundError: A path does not exist or holds no tokenizer.
         ValueError: A tokenizer is of an unsupported kind, a size is smaller than its tokenizer, or a tag is no text.
     """
 
@@ -97,7 +99,9 @@ class Pair:
         """Chunks of one text that both sides tokenized.
 
         End-of-turn tokens of the two sides count as equal text; bos, padding and ids without a token are no text, so
-        they lie in no chunk. Where the texts differ otherwise, `ok` is False and the difference lies in one chunk.
+        they lie in no chunk; nor is a blank that a tokenizer puts before a text. Where one side is what its tokenizer
+        makes of the other's text, chunks follow that tokenizer's own offsets, and what it drops at the end lies in no
+        chunk. Where the texts differ otherwise, `ok` is False and the difference lies in one chunk.
 
         Args:
             student_ids: `[m]`, a list, an array of any integer type, or an object with `__array__`.
@@ -108,20 +112,21 @@ class Pair:
         """
         ours = checked_ids(student_ids, self.student, axes=(1,))
         theirs = checked_ids(teacher_ids, self.teacher, axes=(1,))
-        tables = self._neutral
-        student, teacher = tables[0].text(ours), tables[1].text(theirs)
-        ends: tuple[Ints, Ints] = tables[0].ends(ours), tables[1].ends(theirs)
-        if student != teacher:
-            ends = comparable_ends(student, teacher, *ends)
-        student_chunk, teacher_chunk = align_ends(*ends)
-        student_chunk[(tables[0].lengths[ours] == 0) | (not teacher)] = -1
-        teacher_chunk[(tables[1].lengths[theirs] == 0) | (not student)] = -1
-        return alignment(student_chunk, teacher_chunk, ok=student == teacher)
+        student, teacher = (
+            Row(ids=ids, table=table, control=control, speller=speller)
+            for ids, (table, control), speller in zip((ours, theirs), self._neutral, self.spellers, strict=True)
+        )
+        found = matched(student, teacher)
+        student_chunk, teacher_chunk = align_ends(*found.ends)
+        student_chunk[(student.lengths == 0) | (not teacher.text) | found.dropped[0]] = -1
+        teacher_chunk[(teacher.lengths == 0) | (not student.text) | found.dropped[1]] = -1
+        return alignment(student_chunk, teacher_chunk, ok=found.ok)
 
     @cached_property
-    def _neutral(self) -> tuple[ByteTable, ByteTable]:
-        """Bytes per id of both sides, without their ways of opening, ending and padding a text."""
-        return _neutral(self.student, self._conventions[0]), _neutral(self.teacher, self._conventions[1])
+    def _neutral(self) -> list[tuple[ByteTable, NDArray[np.bool_]]]:
+        """Per side the bytes of each id, without its ways of opening, ending and padding a text, and the controls."""
+        sides = zip((self.student, self.teacher), self._conventions, strict=True)
+        return [_neutral(vocabulary, convention, self.tags) for vocabulary, convention in sides]
 
     def flags(self, ids: ArrayLike, response_mask: ArrayLike | None = None) -> TokenFlags:
         """Why each position of a batch may be about spelling rather than text.
@@ -200,14 +205,19 @@ class Pair:
         return ids, np.where(mask, 0, Flag.PROMPT).astype(np.uint16) | np.where(pad, Flag.PAD, 0).astype(np.uint16)
 
 
-def _neutral(vocabulary: Vocabulary, convention: Convention) -> ByteTable:
+def _neutral(
+    vocabulary: Vocabulary, convention: Convention, tags: Iterable[str]
+) -> tuple[ByteTable, NDArray[np.bool_]]:
     pieces = list(vocabulary.pieces)
+    texts = {tag.encode() for tag in tags}
+    special = set(np.flatnonzero(vocabulary.special).tolist()) - {vocabulary.kind.unknown}
+    controls = [id for id in special if pieces[id] not in texts]
     for id in (convention.bos, convention.pad):
         if id is not None:
             pieces[id] = b""
     for id in convention.turn_end:
         pieces[id] = END
-    return ByteTable(pieces)
+    return ByteTable(pieces), _member(vocabulary, [*controls, *convention.turn_end])
 
 
 def _member(vocabulary: Vocabulary, ids: Iterable[int]) -> NDArray[np.bool_]:

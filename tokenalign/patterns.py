@@ -57,6 +57,8 @@ class Adjacency:
     """Positions of two neighbours in a match."""
     ahead: set[int] = field(default_factory=set)
     """Positions after which the pattern looks at the next character without matching it."""
+    counted: set[int] = field(default_factory=set)
+    """Positions that are repeated a limited number of times, more than once."""
     _at: int = 0
     _flags: str = ""
 
@@ -131,6 +133,7 @@ class Adjacency:
             once = repeat[0][0] == "?" or (least == "1" and not comma) or most == "1"
             if not once:
                 self._neighbours(part, part)
+                self.counted |= (part.first | part.last) if comma or least else set()
             may_be_none = repeat[0][0] in "?*" or (repeat[0][0] == "{" and int(least or 0) == 0)
             part = replace(part, empty=part.empty or may_be_none)
         return part
@@ -202,6 +205,29 @@ def _members(source: str, chars: str) -> NDArray[np.bool_]:
     for _, (start, end) in others:
         found[start:end] = False
     return found
+
+
+def is_read(pattern: str) -> bool:
+    r"""True if a pattern holds nothing but what is read here.
+
+    >>> is_read(r"\p{L}+(?!x)"), is_read(r"(?<=x)y")
+    (True, False)
+    """
+    try:
+        Adjacency(pattern)
+    except ValueError:
+        return False
+    return True
+
+
+def counts(pattern: str, chars: str) -> bool:
+    r"""True if a pattern limits how often one of these characters is repeated.
+
+    >>> counts(r"\s{2,4}x", " "), counts(r"\p{N}{1,3}|\s+", " ")
+    (True, False)
+    """
+    read = Adjacency(pattern)
+    return bool(read.members(chars)[sorted(read.counted)].any())
 
 
 def neighbours(patterns: Sequence[str], chars: str) -> tuple[NDArray[np.intp], NDArray[np.bool_]]:

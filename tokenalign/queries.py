@@ -1,15 +1,13 @@
 """Questions about one tokenizer."""
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from tokenalign.arguments import checked_ids
-from tokenalign.chunks import Ints
-from tokenalign.comparison import find
+from tokenalign.comparison import find_within
 from tokenalign.flags import Flag
 from tokenalign.pair import Pair
 from tokenalign.source import load
@@ -47,13 +45,15 @@ def tag_spans(tokenizer: Any, ids: ArrayLike, tags: Sequence[str]) -> list[list[
     wanted = {tag: _as_bytes(tag) for tag in ([tags] if isinstance(tags, str) else tags)}
     vocabulary = vocabulary_of(load(tokenizer))
     rows = np.atleast_2d(checked_ids(ids, vocabulary))
-    ends = np.cumsum(vocabulary.lengths[rows], axis=1)
-    text = vocabulary.text(rows.ravel())
-    bounds = np.cumsum(np.append(0, ends[:, -1:].sum(axis=1))).tolist()
-    return [
-        sorted((*_tokens(row, start, end), tag) for tag, bytes_ in wanted.items() for start, end in find(own, [bytes_]))
-        for row, own in zip(ends, (text[start:end] for start, end in pairwise(bounds)), strict=True)
-    ]
+    sizes = vocabulary.lengths[rows]
+    text, ends = vocabulary.text(rows.ravel()), np.cumsum(sizes)
+    before = np.cumsum(sizes.sum(axis=1)) - sizes.sum(axis=1)
+    spans: list[list[tuple[int, int, str]]] = [[] for _ in rows]
+    for tag, content in wanted.items():
+        for row, start, end in find_within(text, [content], before):
+            first, last = (np.searchsorted(ends, [start, end - 1], side="right") - row * rows.shape[1]).tolist()
+            spans[row].append((first, last + 1, tag))
+    return [sorted(row) for row in spans]
 
 
 def _as_bytes(tag: str) -> bytes:
@@ -63,9 +63,3 @@ def _as_bytes(tag: str) -> bytes:
         return tag.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"tags contain {tag!r}, which no text contains ({error.reason}). Remove it.") from error
-
-
-def _tokens(ends: Ints, start: int, end: int) -> tuple[int, int]:
-    """The first token that holds a byte of a span, and one past the last."""
-    first, last = np.searchsorted(ends, [start, end - 1], side="right").tolist()
-    return first, last + 1

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenalign.speller import continuing
 from tokenalign.vocabulary import Vocabulary
 
 
@@ -33,11 +32,15 @@ class VocabMap:
     to_student: NDArray[np.int32]
     """`[V_t]` student id, -1 for none."""
 
-    @classmethod
-    def between(cls, student: Vocabulary, teacher: Vocabulary) -> "VocabMap":
-        """The map between two vocabularies."""
+    @staticmethod
+    @lru_cache(maxsize=4)
+    def between(student: Vocabulary, teacher: Vocabulary) -> "VocabMap":
+        """The map between two vocabularies, read-only; the last few are remembered."""
         same = np.flatnonzero(_same(student, teacher))
-        return cls(to_teacher=_one_way(student, teacher, same), to_student=_one_way(teacher, student, same))
+        both_ways = _one_way(student, teacher, same), _one_way(teacher, student, same)
+        for mapped in both_ways:
+            mapped.setflags(write=False)
+        return VocabMap(to_teacher=both_ways[0], to_student=both_ways[1])
 
 
 def _one_way(source: Vocabulary, target: Vocabulary, same: NDArray[np.int64]) -> NDArray[np.int32]:
@@ -53,17 +56,21 @@ def _same(student: Vocabulary, teacher: Vocabulary) -> NDArray[np.bool_]:
     return np.fromiter((bool(a[0]) and a == b for a, b in pairs), bool, min(student.size, teacher.size))
 
 
+@lru_cache(maxsize=4)
 def collisions(student: Vocabulary, teacher: Vocabulary) -> NDArray[np.int64]:
-    """Ids that are a token on both sides, with other bytes or another role."""
+    """Ids that are a token on both sides, with other bytes or another role; read-only, the last few are remembered."""
     size = min(student.size, teacher.size)
     both = (student.lengths[:size] > 0) & (teacher.lengths[:size] > 0)
-    return np.flatnonzero(both & ~_same(student, teacher))
+    found = np.flatnonzero(both & ~_same(student, teacher))
+    found.setflags(write=False)
+    return found
 
 
+@lru_cache(maxsize=4)
 def relation(student: Vocabulary, teacher: Vocabulary) -> Relation:
     """How two vocabularies are related, by their tables and the rules by which they split."""
     if student.keys[: student.known] == teacher.keys[: teacher.known]:
-        return Relation.IDENTICAL if _rules(student) == _rules(teacher) else Relation.SHARED_VOCAB_OTHER_SPLIT
+        return Relation.IDENTICAL if student.kind.rules == teacher.kind.rules else Relation.SHARED_VOCAB_OTHER_SPLIT
     return Relation.SHARED_BASE if _base(student, teacher) == _base(teacher, student) else Relation.DIFFERENT
 
 
@@ -71,16 +78,3 @@ def _base(vocabulary: Vocabulary, other: Vocabulary) -> dict[int, bytes]:
     """The tokens that neither side added."""
     added = vocabulary.added.keys() | other.added.keys()
     return {id: piece for id, piece in enumerate(vocabulary.pieces) if piece and id not in added}
-
-
-def _rules(vocabulary: Vocabulary) -> dict[str, Any]:
-    """What decides how a text is split, ids and roles aside."""
-    spec = continuing(vocabulary.spec, ())
-    model = {key: value for key, value in spec["model"].items() if key != "vocab"}
-    pre_tokenizers = (spec["pre_tokenizer"] or {}).get("pretokenizers", [])
-    return {
-        "model": model,
-        "normalizer": spec["normalizer"],
-        "pre_tokenizer": [{key: value for key, value in p.items() if key != "trim_offsets"} for p in pre_tokenizers],
-        "added": sorted(str({**entry, "id": None, "special": None}) for entry in spec["added_tokens"]),
-    }

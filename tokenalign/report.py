@@ -10,6 +10,7 @@ import numpy as np
 from tokenalign.convention import Convention
 from tokenalign.flags import Flag, Policy, TokenFlags
 from tokenalign.relation import Relation
+from tokenalign.samples import ORDINARY
 from tokenalign.speller import Speller
 from tokenalign.tags import Held
 from tokenalign.visible import fitted, row, visible
@@ -18,14 +19,7 @@ from tokenalign.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from tokenalign.pair import Pair
 
-SAMPLE = (
-    "Let's see: the train leaves at 14:05 and needs 2.5 hours, so it arrives at 16:35.\n\n"
-    "def area(radius):\n    return 3.14159 * radius ** 2\n\n"
-    "\\[ x^2 + 1{,}000 \\le \\frac{1}{3} \\] Çà et là — naïve café, 東京は雨です, Привет! 🙂\n"
-)
-"""Ordinary text of several kinds, to see whether the two split it alike."""
-_WIDTH = 100
-_LABEL, _SIDE = 11, 42
+_LABEL = 11
 _TAG_ROWS = 6
 _RARE = 0.01
 """Share of ordinary text that may be split otherwise before it is worth to mask all of that."""
@@ -128,6 +122,10 @@ class Report:
         return {name: _plain(value) for name, value in fields.items()}
 
     def __str__(self) -> str:
+        return self.screen()
+
+    def screen(self, width: int = 100) -> str:
+        """The report in lines of at most so many columns; what does not fit is cut."""
         relation = f"{self.relation.value}; {self.shared:.1%} of the student's tokens exist in the teacher"
         collide = f"{self.collisions:,} ids mean something else"
         if self.collision:
@@ -158,12 +156,12 @@ class Report:
             ("", f"{self.policy}: {pieces or 'nothing'}"),
             *(("problem", problem) for problem in self.problems),
         ]
-        wide = (_LABEL, _WIDTH - _LABEL - 2)
+        wide, side = (_LABEL, width - _LABEL - 2), (width - _LABEL - 5) // 2
         lines = [
             *(row(line, wide) for line in head),
-            *(f"{fitted(label, _LABEL)}  {row(cells, (_SIDE, _SIDE), ' │ ')}" for label, *cells in sides),
+            *(f"{fitted(label, _LABEL)}  {row(cells, (side, side), ' │ ')}" for label, *cells in sides),
             *(row(line, wide) for line in tail),
-            *textwrap.wrap(self.advice, _WIDTH, break_on_hyphens=False),
+            *textwrap.wrap(self.advice, width, break_on_hyphens=False),
         ]
         return "\n".join(lines)
 
@@ -217,7 +215,7 @@ def make_report(pair: "Pair") -> Report:
     conventions = pair.conventions
     sides = [*zip((student, teacher), conventions, strict=True)]
     end_flags = pair.flags(np.array([sorted(conventions[0].turn_end)], np.int64))
-    sample = pair.flags([ours.spell([SAMPLE.encode()])[0]])
+    sample = pair.flags([ours.spell([ORDINARY.encode()])[0]])
     response = pair.flags([typical_response(ours, conventions[0])])
     mapped = pair.vocab.to_teacher[student.lengths > 0]
     lowest = int(pair.collisions[0]) if len(pair.collisions) else None
@@ -238,7 +236,7 @@ def make_report(pair: "Pair") -> Report:
         default_systems=_two(convention.default_system for convention in conventions),
         prompts_alike=_alike([_prompting(side, convention) for side, convention in sides]),
         ends_alike=not (end_flags.has(Flag.EOS_CLASS) & end_flags.has(Flag.NONCANONICAL)).any(),
-        split_otherwise=float(sample.has(Flag.NONCANONICAL).mean()),
+        split_otherwise=float(sample.has(Flag.NONCANONICAL).mean()) if sample.bits.size else 0.0,
         response=[_text(student, id) for id in response.ids.ravel().tolist()],
         dropped={policy: _dropped(response, policy) for policy in get_args(Policy)},
         problems=[convention.problem for convention in conventions if convention.problem],

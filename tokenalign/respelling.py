@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tokenalign.chunks import Alignment, Ints, chunk_sizes
 from tokenalign.comparison import Side, compare
 from tokenalign.cuts import Cuts
-from tokenalign.flags import Flag
+from tokenalign.offsets import Trace
 from tokenalign.segments import Analysis, SegmentMemory, joined, split
 from tokenalign.speller import Speller
 from tokenalign.vocabulary import Vocabulary
@@ -86,7 +86,9 @@ class Respelling:
         self.cuts = Cuts(
             student.pieces,
             alone=self._is_control,
-            held=[*(piece for piece, special in teacher.keys if not special), *self._tags],
+            # Words hold their blank, which no token is.
+            held={piece for piece, special in teacher.keys if not special} | {b" "[: len(teacher.kind.free_blanks)]},
+            whole={teacher.pieces[id] for id in teacher.added if not teacher.special[id]} | {*self._tags},
             splitting=teacher.splitting,
         )
         self.memory = SegmentMemory(self.analyse, size=student.size)
@@ -128,13 +130,31 @@ class Respelling:
         spelled = self._spell(first.tolist(), student.texts)
         teacher_counts = np.fromiter(map(len, spelled), np.int64, len(spelled))
         teacher_ids = np.fromiter(chain.from_iterable(spelled), np.int64, teacher_counts.sum())
+        teacher, control = _side(self._teacher, teacher_ids, teacher_counts), self._is_control[first]
         return compare(
             student,
-            _side(self._teacher, teacher_ids, teacher_counts),
+            teacher,
             to_teacher=self._to_teacher,
-            control=self._is_control[first],
+            control=control,
             tags=self._tags,
+            traces=self._traces(student.texts, teacher.texts, spelled, control),
         )
+
+    def _traces(
+        self,
+        student: Sequence[bytes],
+        teacher: Sequence[bytes],
+        spelled: Sequence[Sequence[int]],
+        control: NDArray[np.bool_],
+    ) -> dict[int, Trace | None]:
+        """What the teacher's tokenizer tells of the segments that it does not spell byte for byte."""
+        unknown = self._teacher.kind.unknown
+        sides = enumerate(zip(student, teacher, spelled, control.tolist(), strict=True))
+        others = [s for s, (ours, theirs, ids, alone) in sides if not alone and (ours != theirs or unknown in ids)]
+        traced = self._speller.trace([student[s] for s in others])
+        return {
+            s: self._speller.in_text(student[s], found, spelled[s]) for s, found in zip(others, traced, strict=True)
+        }
 
     def _spell(self, first: list[int], texts: Sequence[bytes]) -> list[list[int]]:
         """The teacher's ids per segment, given each one's first student id; a control token is a segment of its own."""
@@ -165,7 +185,7 @@ def teacher_text(shape: tuple[int, ...], segments: Iterable[Segments]) -> Teache
     teacher_chunk = whole.teacher_chunk + np.repeat(before, whole.teacher_count)
     sizes = chunk_sizes(student_chunk, teacher_chunk)
     same, ours = np.ones(rows, bool), np.full((rows, columns), -1, np.int32)
-    same[places[(student_chunk < 0) | (whole.bits & Flag.NORMALISED > 0)] // max(1, columns)] = False
+    same[row[~whole.ok]] = False
     ours.flat[places] = student_chunk
     ours -= np.where(ours < 0, 0, first_chunk[:-1, None]).astype(np.int32)
     theirs = (teacher_chunk - np.repeat(first_chunk[:-1], np.diff(first_token))).astype(np.int32)

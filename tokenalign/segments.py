@@ -29,6 +29,8 @@ class Analysis:
     """`[S]` n_s."""
     chunk_count: Ints
     """`[S]` chunks per segment."""
+    ok: NDArray[np.bool_]
+    """`[S]` True where the teacher's tokens are known to be the segment's text."""
     bits: NDArray[np.uint16]
     """`[M]` flags of each student token."""
     student_chunk: Ints
@@ -42,7 +44,7 @@ class Analysis:
 Analyser = Callable[[Ints, Ints], Analysis]
 """From the ids `[M]` of segments and their token counts `[S]`."""
 
-_TYPES = {field.name: np.int32 for field in fields(Analysis)} | {"bits": np.uint16}
+_TYPES = {field.name: np.int32 for field in fields(Analysis)} | {"bits": np.uint16, "ok": np.bool_}
 
 
 def joined(analyses: Sequence[Analysis]) -> Analysis:
@@ -101,6 +103,7 @@ class _Store:
             "student_count": slots,
             "teacher_count": slots,
             "chunk_count": slots,
+            "ok": slots,
             "teacher_chunk": teacher,
             "teacher_ids": teacher,
         }

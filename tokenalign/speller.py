@@ -1,19 +1,18 @@
 """A tokenizer's own spelling of bytes in the middle of a text."""
 
-import copy
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate, chain
 
 import numpy as np
-from tokenizers import Tokenizer
 
-from tokenalign.vocabulary import Spec, Vocabulary, parts
+from tokenalign.kinds import Spelled
+from tokenalign.offsets import Trace, trace
+from tokenalign.vocabulary import Vocabulary
 
 _INVALID = re.compile("([\udc80-\udcff]+)")
 """What `surrogateescape` makes of bytes that are no UTF-8."""
-
-_PROBES = ("x", "The cat's", "12", "don't 3.14", "</think>a", " y", "\n", "\n\n  z", " 7", "  \n b", " 's", " 1,000\n")
 
 
 class Speller:
@@ -30,43 +29,64 @@ class Speller:
 
     def __init__(self, vocabulary: Vocabulary, tags: Sequence[str]) -> None:
         self.vocabulary = vocabulary
-        self._encoder = Tokenizer.from_str(json.dumps(continuing(vocabulary.spec, tags)))
-        self._encoder.encode_special_tokens = True
-        self._byte_ids = {piece[0]: id for id, piece in reversed([*enumerate(vocabulary.pieces)]) if len(piece) == 1}
+        self._encoder = vocabulary.encoder(tuple(tags))
 
     def spell(self, texts: Sequence[bytes]) -> list[list[int]]:
         """Ids per text; bytes that are no UTF-8 are spelled one by one where the tokenizer has such tokens."""
         runs = [_runs(text) for text in texts]
-        encodings = iter(
-            self._encoder.encode_batch_fast([run for row in runs for run in row[::2]], add_special_tokens=False)
-        )
-        return [[id for run in self._row(row, encodings) for id in run] for row in runs]
+        if all(len(row) == 1 for row in runs):
+            return self._encoder.ids([run for (run,) in runs])
+        ids = iter(self._encoder.ids([run for row in runs for run in row[::2]]))
+        return [
+            [id for place, run in enumerate(row) for id in (self._invalid(run) if place % 2 else next(ids))]
+            for row in runs
+        ]
 
-    def _row(self, runs: list[str], encodings: Iterator[object]) -> Iterator[list[int]]:
-        for index, run in enumerate(runs):
-            if index % 2 == 0:
-                yield next(encodings).ids  # type: ignore[attr-defined]
-            else:
-                invalid = run.encode(errors="surrogateescape")
-                yield [self._byte_ids[byte] for byte in invalid if byte in self._byte_ids]
+    def trace(self, texts: Sequence[bytes], *, opening: bool = False) -> list[Spelled]:
+        """As `spell`, with byte ends; `opening` reads each text as the start of one. Slower."""
+        runs = [_runs(text) for text in texts]
+        spelled = iter(self._encoder.spelled([run for row in runs for run in row[::2]], opening=opening))
+        return [
+            _joined(
+                [(_raw(run), self._alone(run) if place % 2 else next(spelled)) for place, run in enumerate(row)],
+            )
+            for row in runs
+        ]
 
-    def splits_at_blanks(self, tags: Sequence[str]) -> bool:
-        """True if cutting a text between an ASCII letter or digit and a blank changes no token.
+    def in_text(self, text: bytes, spelled: Spelled, ids: Sequence[int], *, opening: bool = False) -> Trace | None:
+        """Where these ids end in a text, given what `trace` tells of it; None where that is not known."""
+        kind = self.vocabulary.kind
+        if list(spelled.ids) != list(ids) or invalid_bytes(text).any():
+            return None
+        blank = opening and kind.dummy_prefix
+        return trace(text, spelled, kind.pieces, free_blanks=kind.free_blanks, unknown=kind.unknown, opening=blank)
 
-        It cannot where no token reaches across such a place: then no merge does. The probes guard against normalisers
-        and added tokens that look further than their own text.
-        """
-        vocabulary = self.vocabulary
-        texts = [piece for piece, special in vocabulary.keys if not special] + [tag.encode() for tag in tags]
-        if re.search(rb"[A-Za-z0-9][ \n]", b"\xff".join(texts)):
-            return False
-        if any((entry["lstrip"] or entry["rstrip"]) and not entry["special"] for entry in vocabulary.added.values()):
-            return False
-        words, blanks = _PROBES[:5], _PROBES[5:]
-        pairs = [(left.encode(), right.encode()) for left in words for right in blanks]
-        apart = self.spell([side for pair in pairs for side in pair])
-        joined = self.spell([left + right for left, right in pairs])
-        return all(apart[2 * i] + apart[2 * i + 1] == whole for i, whole in enumerate(joined))
+    @cached_property
+    def _byte_ids(self) -> dict[int, int]:
+        pieces = self.vocabulary.pieces
+        return {piece[0]: id for id, piece in reversed([*enumerate(pieces)]) if len(piece) == 1}
+
+    def _invalid(self, run: str) -> list[int]:
+        return [self._byte_ids[byte] for byte in _raw(run) if byte in self._byte_ids]
+
+    def _alone(self, run: str) -> Spelled:
+        known = [place for place, byte in enumerate(_raw(run)) if byte in self._byte_ids]
+        return Spelled(ids=self._invalid(run), starts=known, ends=[place + 1 for place in known])
+
+
+def _joined(parts: Sequence[tuple[bytes, Spelled]]) -> Spelled:
+    """One text after the other."""
+    before = list(accumulate((len(text) for text, _ in parts), initial=0))[:-1]
+    placed = [(start, spelled) for start, (_, spelled) in zip(before, parts, strict=True)]
+    return Spelled(
+        ids=list(chain.from_iterable(spelled.ids for _, spelled in placed)),
+        starts=[start + place for start, spelled in placed for place in spelled.starts],
+        ends=[start + place for start, spelled in placed for place in spelled.ends],
+    )
+
+
+def _raw(run: str) -> bytes:
+    return run.encode(errors="surrogateescape")
 
 
 def invalid_bytes(text: bytes) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
@@ -78,7 +98,7 @@ def invalid_bytes(text: bytes) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
     runs = _runs(text)
     if len(runs) == 1:
         return np.zeros(len(text), bool)
-    lengths = [len(run.encode(errors="surrogateescape")) for run in runs]
+    lengths = [len(_raw(run)) for run in runs]
     return np.repeat(np.arange(len(runs)) % 2 == 1, lengths)
 
 
@@ -88,24 +108,3 @@ def _runs(text: bytes) -> list[str]:
         return [text.decode()]
     except UnicodeDecodeError:
         return _INVALID.split(text.decode(errors="surrogateescape"))
-
-
-def continuing(spec: Spec, tags: Sequence[str]) -> Spec:
-    """The `tokenizer.json` of the encoder: no dummy prefix, no dropout, no padding, tags as ordinary added tokens."""
-    spec = copy.copy(spec)
-    spec |= {"truncation": None, "padding": None, "post_processor": None, "model": spec["model"] | {"dropout": None}}
-    spec["added_tokens"] = [e | {"special": e["special"] and e["content"] not in tags} for e in spec["added_tokens"]]
-    if spec["model"].get("type") == "Unigram":
-        del spec["model"]["dropout"]
-    spec["normalizer"] = _sequence("normalizers", [p for p in parts(spec["normalizer"]) if p["type"] != "Prepend"])
-    spec["pre_tokenizer"] = _sequence("pretokenizers", [_without_prefix(p) for p in parts(spec["pre_tokenizer"])])
-    return spec
-
-
-def _sequence(key: str, members: list[Spec]) -> Spec | None:
-    return {"type": "Sequence", key: members} if members else None
-
-
-def _without_prefix(part: Spec) -> Spec:
-    never: Spec = {"Metaspace": {"prepend_scheme": "never"}, "ByteLevel": {"add_prefix_space": False}}
-    return {key: value for key, value in part.items() if key != "add_prefix_space"} | never.get(part["type"], {})

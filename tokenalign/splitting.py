@@ -17,16 +17,18 @@ class Splitting:
 
     patterns: tuple[str, ...] = ()
     """By which it searches the text to split it."""
+    isolates: bool = False
+    """True if each match, and what lies between two, is spelled on its own."""
     normalize: Callable[[str], str] = str
     """What it makes of one character; empty for one beside which nothing is sure."""
     opens: str | None = None
-    """Characters before which alone two parts are certain to be spelled apart; None: wherever no token reaches across."""
+    """Characters before which alone parts are certain to be spelled apart; None: wherever no token reaches across."""
 
 
 _BYTE_LEVEL = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """By which the tokenizers library splits where it is told to write bytes and nothing else."""
 _WORDS = r"\w+|[^\w\s]+"
-_BLANK_RUN = r"\s+(?!\S)"
+BLANK_RUN = r"\s+(?!\S)"
 
 # These look at one character, or at one and those that combine with it.
 _LOCAL_NORMALIZERS = ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents", "Nmt", "BertNormalizer", "Prepend")
@@ -45,18 +47,24 @@ def of_tokenizer_json(model: Spec, normalizers: Collection[Spec], pre_tokenizers
         pre_tokenizers: The members of its pre-tokenizer, in order.
     """
     patterns = _patterns(pre_tokenizers)
+    of_blanks = [part for part in normalizers if _is_of_blanks(part)]
+    normalizers = [part for part in normalizers if part not in of_blanks]
     if patterns is None or any(_is_wide(part) for part in normalizers):
         return None
+    if of_blanks:  # a run of blanks stays whole, and with what follows it
+        patterns = (*patterns, BLANK_RUN)
+    isolates = all(part["type"] == "ByteLevel" or part.get("behavior") == "Isolated" for part in pre_tokenizers)
     normalize = _normalize(normalizers, pre_tokenizers)
     kind = model.get("type") or ("BPE" if "merges" in model else "Unigram")
     if kind == "BPE":
-        return Splitting(patterns=patterns, normalize=normalize)
+        opens = " " if of_blanks else None
+        return Splitting(patterns=patterns, isolates=isolates and not of_blanks, normalize=normalize, opens=opens)
     if kind == "Unigram":
-        # Of two paths of equal weight, rounding chooses by what stands before; only where words are split it starts anew.
+        # Of two paths of equal weight, rounding chooses by what stands before; it starts anew where words are split.
         words = any(part["type"] == "Metaspace" and part.get("split", True) for part in pre_tokenizers)
         return Splitting(patterns=patterns, normalize=normalize, opens=" ") if words else None
     # Whether a token continues a word depends on where the word starts, and a blank belongs to the word after it.
-    return Splitting(patterns=(*patterns, _BLANK_RUN), normalize=normalize, opens=" ")
+    return Splitting(patterns=(*patterns, BLANK_RUN), normalize=normalize, opens=" ")
 
 
 def _patterns(pre_tokenizers: Collection[Spec]) -> tuple[str, ...] | None:
@@ -86,6 +94,14 @@ def _is_wide(normalizer: Spec) -> bool:
     if normalizer["type"] == "Replace":
         return len(normalizer["pattern"].get("String", "")) != 1
     return normalizer["type"] not in (*_LOCAL_NORMALIZERS, "Precompiled")
+
+
+def _is_of_blanks(normalizer: Spec) -> bool:
+    """True for what makes one blank of a run, or drops blanks at the end of a text."""
+    if normalizer["type"] == "Strip":
+        return not normalizer["strip_left"]
+    runs = normalizer["type"] == "Replace" and normalizer["pattern"].get("Regex") in (" {2,}", " +", r"\s+")
+    return runs and normalizer["content"] in (" ", "▁")
 
 
 def _normalize(normalizers: Collection[Spec], pre_tokenizers: Collection[Spec]) -> Callable[[str], str]:

@@ -32,6 +32,10 @@ def checked_tags(tags: Iterable[str]) -> tuple[str, ...]:
     for tag in named:
         if not isinstance(tag, str) or not tag:
             raise ValueError(f"{tag!r} is no tag. Give texts that are not empty, such as '<think>'.")
+        try:
+            tag.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"tag {tag!r} occurs in no text ({error.reason}). Remove it.") from error
     return named
 
 

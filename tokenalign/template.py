@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import wraps
+from types import GeneratorType
 from typing import Any, NoReturn
 
 from jinja2 import TemplateError, meta, nodes
@@ -104,9 +105,8 @@ class _Environment(ImmutableSandboxedEnvironment):
             "namespace": _Namespace,
         }
         self.filters["tojson"] = _tojson
-        functions: dict[str, Any]
-        for functions in (self.filters, self.tests):
-            functions |= {name: self._weighed(name, function) for name, function in functions.items()}
+        self.filters = {name: self._weighed_filter(name, function) for name, function in self.filters.items()}
+        self.tests = {name: self._weighed_test(function) for name, function in self.tests.items()}
 
     def step(self) -> str:
         """A pass of a loop; nothing is written."""
@@ -129,14 +129,15 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner = getattr(getattr(function, "__wrapped__", function), "__self__", None)  # the sandbox wraps `str.format`
         if owner is self:
             return super().call(context, function, *args, **kwargs)
+        args = tuple(map(_settled, args))
         values = [*args, *(value for name, value in kwargs.items() if name not in _FRAME)]
         # A macro does what its own operations do, and a namespace holds what it is given; a method may fill up a text.
         if owner is not None:
             is_format = isinstance(owner, str) and getattr(function, "__name__", "") in ("format", "format_map")
             own = size_of_layout(owner) if is_format else size_of(owner)
-            self.budget.weigh(own, *(size_of(value, counts=True) for value in values))
+            self.budget.weigh(own, sum(size_of(value, counts=True) for value in values))
         elif not isinstance(function, Macro):
-            self.budget.weigh(*map(size_of, values))
+            self.budget.weigh(sum(map(size_of, values)))
         return self.take(super().call(context, function, *args, **kwargs))
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -149,16 +150,25 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.budget.weigh(size_of(left), size_of(right, counts=repeats))
         return self.take(super().call_binop(context, operator, left, right))
 
-    def _weighed(self, name: str, function: Any) -> Callable[..., Any]:
-        skip = hasattr(function, "jinja_pass_arg")
+    def _weighed_filter(self, name: str, function: Any) -> Callable[..., Any]:
+        skip = hasattr(function, "jinja_pass_arg")  # what Jinja itself passes first
 
         @wraps(function)
         def weighed(*args: Any, **kwargs: Any) -> Any:
+            args = tuple(map(_settled, args))
             value, *others = args[skip:] if len(args) > skip else (None,)
             size = size_of_layout(value) if name == "format" and isinstance(value, str) else size_of(value)
-            arguments = [size_of(other, counts=True) for other in (*others, *kwargs.values())]
-            self.budget.weigh(size, size if name in _SUPERLINEAR else 1, *arguments)
+            arguments = sum(size_of(other, counts=True) for other in (*others, *kwargs.values()))
+            self.budget.weigh(size, size if name in _SUPERLINEAR else 1, arguments)
             return self.take(function(*args, **kwargs))
+
+        return weighed
+
+    def _weighed_test(self, function: Any) -> Callable[..., Any]:
+        @wraps(function)
+        def weighed(*args: Any, **kwargs: Any) -> Any:
+            self.budget.weigh(sum(map(size_of, (*args, *kwargs.values()))))
+            return function(*args, **kwargs)
 
         return weighed
 
@@ -169,6 +179,11 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _strftime(self, format: str) -> str:
         self.budget.weigh(256 * size_of_layout(format))  # the C library may make so much of it
         return self.take(datetime.now().strftime(format))
+
+
+def _settled(value: Any) -> Any:
+    """What would come one by one as a list, whose size can be told."""
+    return list(value) if isinstance(value, GeneratorType | reversed) else value
 
 
 class _Namespace(Namespace):

@@ -31,7 +31,7 @@ def dropped(tokenizer: Tokenizer, flags: ta.TokenFlags, policy: str) -> list[str
 
 def cut_nowhere(pair: ta.Pair) -> None:
     """But beside control tokens."""
-    cuts = Cuts(pair.student.pieces, alone=pair._respelling._is_control, held=[], splitting=None)
+    cuts = Cuts(pair.student.pieces, alone=pair._respelling._is_control, held=(), whole=(), splitting=None)
     pair._respelling.cuts = cuts
 
 

@@ -51,6 +51,7 @@ def test_fits_a_screen_and_ends_with_the_advice(reports, name):
     assert len(lines) <= 24
     assert max(map(columns, lines)) <= 100
     assert " ".join(lines).endswith(reports[name].advice)
+    assert max(map(columns, reports[name].screen(72).splitlines())) <= 72
     assert reports[name].advice.count('policy "' + reports[name].policy) == 1
 
 

@@ -74,6 +74,9 @@ HOSTILE = {
     "replace filter": "{{ ('a' * 10000) | replace('a', 'b' * 10000) }}",
     "join": "{{ ('a' * 10000).join(['b'] * 10000) }}",
     "join filter": "{{ (['b'] * 10000) | join('a' * 10000) }}",
+    "join of what comes one by one": "{{ ('a' * 10000).join(range(90000) | map('string')) }}",
+    "join filter of what comes one by one": "{{ range(90000) | map('string') | join('a' * 10000) }}",
+    "reversed": "{{ ('a' * 10000).join('b' * 90000 | reverse) }}{{ ('a' * 10000).join([0] * 90000 | reverse) }}",
     "translate": "{{ ('a' * 10000).translate({97: 'b' * 10000}) }}",
     "to_bytes": "{{ (1).to_bytes(10**9, 'big') }}",
     "escaped text": "{{ ('x' | e).center(10**9) }}",
@@ -175,6 +178,9 @@ HONEST = {
     "{% set a, b = 1, 2 %}{{ b }}{{ 'abc'[1:] }}{{ 2 ** 10 }}{{ 7 // 2 }}{{ 'b' in 'abc' }}": "2bc10243True",
     "{{ 'some words here' | wordwrap(5) | length }}{{ '<b>x</b>' | striptags }}": "15x",
     "{{ 'x' * 3 }}{{ 2.345 | round(1) }}{{ 'a b' | wordcount }}{{ 20251126 | string }}": "xxx2.3220251126",
+    "{% set ns = namespace(a='x' * 2000, b='y' * 2000, c=range(500) | list) %}{{ ns.a | length }}": "2000",
+    "{{ ('word ' * 4000).replace('word', '<word>') | length }}": "28000",
+    "{{ 2000000 is gt 1000000 }}{{ range(3) | map('string') | reverse | join('-') }}": "True2-1-0",
     "{{ strftime_now('%Y') | length }}{{ strftime_now(format='%d') | length }}": "42",
     "{%- for m in messages %}\n    {% if m.role == 'x' %}{% continue %}{% endif %}\n"
     "{% generation %}{{ m.content ~ loop.index }}{% endgeneration %}{% break %}{% endfor %}{{ tools is none }}": (
