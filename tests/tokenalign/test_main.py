@@ -1,4 +1,4 @@
-"""The command line, from outside and through `main`."""
+"""The command line, from outside (`-P`: the installed package and not what lies in the folder) and through `main`."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def lowering(tmp_path_factory) -> str:
 
 
 def outside(*arguments: str, input: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
-    command = [sys.executable, "-m", "tokenalign", *arguments]
+    command = [sys.executable, "-P", "-m", "tokenalign", *arguments]
     return subprocess.run(command, input=input, capture_output=True, env={**os.environ, **environment}, timeout=60)
 
 
@@ -224,7 +224,7 @@ def test_colours_only_where_they_are_wanted(student, teacher):
 def test_a_terminal_is_coloured_unless_it_says_no(student, teacher, environment, expected):
     here, there = pty.openpty()
     settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
-    command = [sys.executable, "-m", "tokenalign", "explain", student, teacher, "<think>"]
+    command = [sys.executable, "-P", "-m", "tokenalign", "explain", student, teacher, "<think>"]
     with subprocess.Popen(command, stdout=there, stdin=subprocess.DEVNULL, env=settings) as process:
         os.close(there)
         shown = b""
@@ -240,7 +240,7 @@ def test_a_terminal_is_coloured_unless_it_says_no(student, teacher, environment,
 
 def test_nobody_reads_to_the_end(student, teacher):
     """The reader is gone before anything is written."""
-    command = [sys.executable, "-m", "tokenalign", "align", student, teacher, "word " * 20_000]
+    command = [sys.executable, "-P", "-m", "tokenalign", "align", student, teacher, "word " * 20_000]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
@@ -276,5 +276,5 @@ def test_example_of_the_help_is_understood(capsys, student, teacher):
 
 def test_help_does_not_build_anything():
     code = "import sys; from tokenalign.__main__ import _parser; _parser(); print('tokenalign.commands' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
     assert run.stdout.strip() == "False"

@@ -129,7 +129,7 @@ def probe(templates: dict[str, str], max_size: int = bounds.MAX_SIZE) -> dict[st
     """What became of each template in a process with little memory, and its seconds."""
     code = PROBE.format(megabytes=MEGABYTES, seconds=SECONDS, max_size=max_size)
     run = subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(templates), capture_output=True, text=True, timeout=300
+        [sys.executable, "-P", "-c", code], input=json.dumps(templates), capture_output=True, text=True, timeout=300
     )
     lines = map(json.loads, run.stdout.splitlines())
     return {name: (outcome, seconds) for name, outcome, seconds in lines} | {"stderr": (run.stderr, 0)}
