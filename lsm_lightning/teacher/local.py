@@ -158,10 +158,11 @@ class LocalTeacher(Teacher):
     ) -> Support:
         log_probs = self.head.all_logits(hidden).log_softmax(-1)
         turn_end = log_probs[:, self.turn_end].logsumexp(-1)
+        log_probs = self.translation.merged(log_probs)
         ids, members, lost = self.translation.translate(log_probs, self.tokens, added)
         members = members.masked_fill(~comparable.unsqueeze(-1), -torch.inf)
         alike = comparable & (self.translation.to_teacher[sampled] == target)
-        of_target = self.translation.merged(log_probs).gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        of_target = log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         return Support(
             ids=ids.masked_fill(members == -torch.inf, 0),
             log_probs=members,

@@ -118,11 +118,10 @@ class Translation:
         to the teacher's way of ending a turn unseen: the teacher means an end, and the id is in no other support.
 
         Args:
-            log_probs: The teacher's, over its whole vocabulary.
+            log_probs: The teacher's, over its whole vocabulary, with the end of a turn as one token (`merged`).
             k: How many of its top tokens; fewer come back where the student lacks some.
             added: Further student ids.
         """
-        log_probs = self.merged(log_probs)
         top, values, lost = self._top(log_probs, k)
         more = self._look_up(log_probs, added, top)
         ids, members = torch.cat((top, added), -1), torch.cat((values, more), -1)
@@ -138,12 +137,12 @@ class Translation:
         if not len(self.ends):
             return log_probs
         of_class = log_probs[:, self.ends].logsumexp(-1, keepdim=True)
-        return log_probs.index_fill(-1, self.ends, -torch.inf).index_copy(-1, self.ends[:1], of_class)
+        return log_probs.index_fill(-1, self.ends, -torch.inf).index_copy_(-1, self.ends[:1], of_class)
 
     def _top(
         self, log_probs: Float[Tensor, "n v"], k: int
     ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, " n"]]:
-        top = log_probs.masked_fill(~self.members, -torch.inf).topk(k, -1)
+        top = torch.where(self.members, log_probs, -torch.inf).topk(k, -1)
         translated = project_topk(self.vocab, top.indices.cpu().numpy(), top.values.cpu().numpy())
         ids, values, lost = (torch.from_numpy(array).to(log_probs.device) for array in translated)
         return ids.long(), values, lost.to(values.dtype)
