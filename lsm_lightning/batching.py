@@ -3,10 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
+
+from lsm_lightning.types import Turn
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,6 +63,20 @@ class TokenBatch:
             column=column + starts[sequence],
             targets=torch.tensor([i for response in responses for i in response], dtype=torch.long, device=device),
         )
+
+
+def padded_responses(turns: Sequence[Turn]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Response ids `[B, T]` of the turns, one turn a row and padded on the right with 0, and True where they stand."""
+    lengths = [len(turn.completion.ids) for turn in turns]
+    ids = np.zeros((len(turns), max(lengths, default=0)), np.int64)
+    response = np.arange(ids.shape[1]) < np.array(lengths, np.int64)[:, None]
+    ids[response] = [i for turn in turns for i in turn.completion.ids]
+    return ids, response
+
+
+def rows_of(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
+    """Where the positions of some turns lie among those of all turns, whose `spans` are given."""
+    return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)
 
 
 def _places(

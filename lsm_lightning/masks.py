@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from lsm_lightning.batching import padded_responses
 from lsm_lightning.types import Turn
 from tokenalign import Flag, Pair, TokenFlags
 
@@ -37,12 +37,7 @@ def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask
     and, where the teacher reads the student's tokens, if its vocabulary has no such token. What `repair` leaves out
     follows from the teacher's reading (`Support.comparable`), not from here.
     """
-    width = max((len(turn.completion.ids) for turn in turns), default=0)
-    ids = np.zeros((len(turns), width), dtype=np.int64)
-    response = np.zeros((len(turns), width), dtype=bool)
-    for row, turn in enumerate(turns):
-        ids[row, : len(turn.completion.ids)] = turn.completion.ids
-        response[row, : len(turn.completion.ids)] = True
+    ids, response = padded_responses(turns)
     flags = pair.flags(ids, response)
     keep = response if policy == "repair" or policy == "none" else flags.keep(policy)
     if policy != "repair":

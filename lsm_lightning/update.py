@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
+from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, spans
 from lsm_lightning.objectives import Objective, Positions
 from lsm_lightning.objectives.head import NORMALISER_ELEMENTS, OutputHead
 from lsm_lightning.types import Support, Turn
@@ -66,7 +66,7 @@ def accumulate_gradients(
     for group in groups:
         members = group or [0]
         batch = _batch(turns, members, packed, student.device)
-        rows = _rows(places, members, student.device)
+        rows = rows_of(places, members, student.device)
         # Masked positions are left out before anything is computed: they may hold infinities.
         kept = weights[rows] > 0 if group else torch.zeros_like(rows, dtype=torch.bool)
         sampler = [value for i in members for value in turns[i].completion.log_probs]
@@ -107,18 +107,13 @@ def student_top_tokens(
     top = torch.zeros((sum(map(len, places)), k), dtype=torch.long, device=student.device)
     for group in groups:
         members = group or [0]
-        rows = _rows(places, members, student.device)
+        rows = rows_of(places, members, student.device)
         hidden = hidden_states(student, _batch(turns, members, packed, student.device))
         head = OutputHead.of(student)
         chunk = max(1, NORMALISER_ELEMENTS // head.weight.shape[0])
         for part, places_of_part in zip(hidden.split(chunk), rows.split(chunk), strict=True):
             top[places_of_part] = head.all_logits(part).topk(k, -1).indices
     return top
-
-
-def _rows(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
-    """Where the positions of some turns lie among those of all turns."""
-    return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)
 
 
 def _batch(turns: Sequence[Turn], members: Sequence[int], packed: bool, device: torch.device) -> TokenBatch:

@@ -157,8 +157,10 @@ def _spans(
     beyond_ascii = np.flatnonzero(np.frombuffer(text, np.uint8) >= 0x80)
     for s in np.unique(_holder(offsets, beyond_ascii)).tolist():
         if not control[s]:
-            for place in np.flatnonzero(invalid_bytes(student.texts[s])).tolist():
-                yield Flag.INVALID_UTF8, int(offsets[s]) + place, int(offsets[s]) + place + 1
+            # Neighbours in one go: where the mask changes, a run starts or ends.
+            edges = np.flatnonzero(np.diff(invalid_bytes(student.texts[s]), prepend=False, append=False))
+            for start, end in (int(offsets[s]) + edges.reshape(-1, 2)).tolist():
+                yield Flag.INVALID_UTF8, start, end
     for s, found in traces.items():
         for start, end in found.changed if found else [difference(student.texts[s], teacher.texts[s])]:
             yield Flag.NORMALISED, int(offsets[s]) + start, int(offsets[s]) + end

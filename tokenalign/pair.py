@@ -165,7 +165,11 @@ class Pair:
     def _respelling(self) -> Respelling:
         to_teacher = self.vocab.to_teacher
         return Respelling(
-            self.student, self.teacher, to_teacher=to_teacher, controls=self._controls(to_teacher), tags=self.tags
+            self.student,
+            self.spellers[1],
+            to_teacher=to_teacher,
+            controls=self._controls(to_teacher),
+            tags=self.tags,
         )
 
     def _controls(self, to_teacher: NDArray[np.int32]) -> dict[int, int | None]:

@@ -61,7 +61,7 @@ class Respelling:
 
     Args:
         student: The student's bytes.
-        teacher: The teacher's bytes.
+        speller: Spells as the teacher does, the tags included.
         to_teacher: `[V_s]` teacher id per student id, -1 for none.
         controls: Student ids that stand for no text, and what the teacher writes for each; None: its text in plain.
         tags: Reasoning tags.
@@ -70,17 +70,17 @@ class Respelling:
     def __init__(
         self,
         student: Vocabulary,
-        teacher: Vocabulary,
+        speller: Speller,
         *,
         to_teacher: NDArray[np.int32],
         controls: Mapping[int, int | None],
         tags: tuple[str, ...],
     ) -> None:
-        self._student, self._teacher = student, teacher
+        teacher = speller.vocabulary
+        self._student, self._teacher, self._speller = student, teacher, speller
         self._to_teacher = to_teacher
         self._controls = controls
         self._tags = [tag.encode() for tag in tags]
-        self._speller = Speller(teacher, tags)
         self._is_control = np.zeros(student.size, bool)
         self._is_control[list(controls)] = True
         self.cuts = Cuts(

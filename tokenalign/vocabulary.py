@@ -62,8 +62,8 @@ class Vocabulary:
         self.pieces: list[bytes] = [*kind.pieces, *[b""] * (self.size - self.known)]
         """Bytes per id; empty where there is no token."""
         self.special: NDArray[np.bool_] = np.zeros(self.size, bool)
-        self._encoders: dict[tuple[str, ...], Encoder] = {}
         self.special[[id for id, entry in kind.added.items() if entry.special]] = True
+        self._encoders: dict[tuple[str, ...], Encoder] = {}
 
     @cached_property
     def table(self) -> ByteTable:

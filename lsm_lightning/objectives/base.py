@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -35,6 +36,29 @@ class Loss:
     """Nats; its gradient trains the student."""
     metrics: dict[str, Float[Tensor, " _"]] = field(default_factory=dict)
     """Further numbers, without gradient, at all positions or at some, to be averaged and logged."""
+
+
+@torch.no_grad()
+def comparison_metrics(
+    value: Float[Tensor, " n"],
+    student: Float[Tensor, "n k"],
+    teacher: Float[Tensor, "n k"],
+    student_outside: Float[Tensor, " _"],
+) -> dict[str, Float[Tensor, " _"]]:
+    """What is logged where two distributions are compared over some tokens.
+
+    Args:
+        value: The divergence.
+        student: Logits or log-probs; -inf at what is no member of the support.
+        teacher: Log-probs, likewise.
+        student_outside: The student's mass outside the support, at all positions or at some.
+    """
+    return {
+        "kl": value.detach(),
+        "teacher_mass_outside": 1 - teacher.exp().sum(-1),
+        "student_mass_outside": student_outside,
+        "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).float(),
+    }
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lsm_lightning.objectives.base import Loss, Objective, Positions
+from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
 from lsm_lightning.objectives.functional import Divergence, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -27,12 +27,5 @@ class FullVocabulary(Objective):
         teacher = positions.support.log_probs
         student = head.all_logits(positions.hidden, exact=True).log_softmax(-1).gather(-1, positions.support.ids)
         value = support_divergence(student, teacher, support="generalised", divergence=self.divergence)
-        with torch.no_grad():
-            members = student.masked_fill(teacher == -torch.inf, -torch.inf)
-            metrics = {
-                "kl": value,
-                "teacher_mass_outside": 1 - teacher.exp().sum(-1),
-                "student_mass_outside": 1 - members.exp().sum(-1),
-                "top1_agreement": (members.argmax(-1) == teacher.argmax(-1)).float(),
-            }
-        return Loss(value=value, metrics={name: numbers.detach() for name, numbers in metrics.items()})
+        members = student.detach().masked_fill(teacher == -torch.inf, -torch.inf)
+        return Loss(value=value, metrics=comparison_metrics(value, members, teacher, 1 - members.exp().sum(-1)))

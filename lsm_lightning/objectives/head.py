@@ -202,12 +202,6 @@ class OutputHead:
             soft_cap=getattr(config, "final_logit_softcapping", None),
         )
 
-    def detached(self) -> "OutputHead":
-        """The same head without gradient, for what is only looked at."""
-        adapters = tuple(replace(a, down=a.down.detach(), up=a.up.detach()) for a in self.adapters)
-        bias = None if self.bias is None else self.bias.detach()
-        return replace(self, weight=self.weight.detach(), bias=bias, adapters=adapters)
-
     def logits(self, hidden: Float[Tensor, "n d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Logits at K ids a position, in float32 or wider."""
         logits = gather_logits(hidden, self.weight, ids, self.bias)

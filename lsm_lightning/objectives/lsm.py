@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions
+from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
 from lsm_lightning.objectives.functional import Divergence, SupportKind, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -71,16 +71,11 @@ class LocalSupportMatching(Objective):
         value = support_divergence(
             student / self.temperature, teacher / self.temperature, support=self.support, divergence=self.divergence
         )
-        with torch.no_grad():
-            members = student.masked_fill(teacher == -torch.inf, -torch.inf)
-            metrics = {
-                "kl": value,
-                "teacher_mass_outside": 1 - teacher.exp().sum(-1),
-                "student_mass_outside": self._student_outside(head, positions, members),
-                "top1_agreement": (members.argmax(-1) == teacher.argmax(-1)).float(),
-            }
-        return Loss(value=value, metrics={name: numbers.detach() for name, numbers in metrics.items()})
+        members = student.detach().masked_fill(teacher == -torch.inf, -torch.inf)
+        outside = self._student_outside(head, positions, members)
+        return Loss(value=value, metrics=comparison_metrics(value, members, teacher, outside))
 
+    @torch.no_grad()
     def _student_outside(
         self, head: OutputHead, positions: Positions, members: Float[Tensor, "n k"]
     ) -> Float[Tensor, " _"]:

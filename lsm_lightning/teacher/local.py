@@ -8,7 +8,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
+from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, spans
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import (
@@ -112,7 +112,7 @@ class LocalTeacher(Teacher):
             batch = TokenBatch.pad(
                 [prompts[i] for i in group], [reading.responses[i] for i in group], self.model.device
             )
-            rows = torch.tensor([place for i in group for place in places[i]], dtype=torch.long, device=added.device)
+            rows = rows_of(places, group, added.device)
             with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
                 position = _position(reading, group).to(self.model.device)
                 parts.extend(self._answers(batch, position, sampled[rows], added[rows]))

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from lsm_lightning.batching import padded_responses
 from lsm_lightning.types import Turn
 from tokenalign import Pair
 
@@ -32,14 +33,10 @@ def as_it_stands(turns: Sequence[Turn], rows: int) -> Reading:
 
 def respelled(turns: Sequence[Turn], pair: Pair) -> Reading:
     """The teacher's own spelling of the same texts (`Pair.to_teacher`)."""
-    lengths = [len(turn.completion.ids) for turn in turns]
-    ids = np.zeros((len(turns), max(lengths, default=0)), np.int64)
-    response = np.arange(ids.shape[1]) < np.array(lengths)[:, None]
-    ids[response] = [i for turn in turns for i in turn.completion.ids]
-    spelled = pair.to_teacher(ids, response)
+    spelled = pair.to_teacher(*padded_responses(turns))
     position = []
-    for length, alignment in zip(lengths, spelled.alignments, strict=True):
-        starts = np.full(length, -1)
+    for turn, alignment in zip(turns, spelled.alignments, strict=True):
+        starts = np.full(len(turn.completion.ids), -1)
         starts[alignment.starts[:, 0]] = alignment.starts[:, 1]
         position.append(torch.from_numpy(starts))
     return Reading(responses=[row.tolist() for row in spelled.ids], position=position)
