@@ -99,6 +99,17 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
     return model.eval()
 
 
+def model_shape(name: str) -> PreTrainedModel:
+    """The model on the meta device: every parameter's name and shape, and no weights.
+
+    Raises:
+        ConfigurationError: The name leads to no readable model configuration.
+    """
+    with _loading("model", name), torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(name)))
+    return model.eval()
+
+
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Make sure that the model knows what its tokenizer writes.
 
