@@ -110,6 +110,7 @@ def gathered(model: PreTrainedModel) -> None:
     for unit in _units(model):
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+    _tie(model)
 
 
 def spread(model: PreTrainedModel) -> None:
@@ -117,6 +118,7 @@ def spread(model: PreTrainedModel) -> None:
     for unit in _units(model):
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
+    _tie(model)
 
 
 def _units(model: PreTrainedModel) -> list[FSDPModule]:
@@ -130,7 +132,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Sharding and moving replace the body's parameter; the head, which is no unit of its own, has the old one."""
+    """Sharding, gathering and moving replace the body's parameter; a head that is no unit of its own has the old one."""
     head: Any = model.get_output_embeddings()
     if not isinstance(head, FSDPModule):
         embedding: Any = model.get_input_embeddings()

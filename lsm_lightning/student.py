@@ -1,12 +1,13 @@
 """What makes a model a student in training: adapters, frozen parts, checkpointed activations, compiled layers."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -31,8 +32,9 @@ def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
             "remove it."
         )
     try:
-        with torch.device(model.device):
-            model.add_adapter(lora)
+        with torch.device(model.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
+            inject_adapter_in_model(lora, model)
     except ValueError as error:
         raise ConfigurationError(f"model.lora: {str(error).splitlines()[0]}") from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
@@ -73,7 +75,7 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
         raise ConfigurationError(
             f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false."
         )
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.activation_checkpointing_enable({"use_reentrant": False})
 
 
 def compile_layers(model: PreTrainedModel) -> None:

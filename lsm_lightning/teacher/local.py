@@ -145,6 +145,7 @@ class LocalTeacher(Teacher):
         self._move(self.device)
         head = OutputHead.of(self.model)
         groups = group_by_length(lengths, self.batch_tokens)
+        idle = self._most(len(groups)) - len(groups)
         for group in groups:
             batch = TokenBatch.pad([prompts[i] for i in group], [reading.responses[i] for i in group], self.device)
             rows = rows_of(places, group, added.device)
@@ -152,7 +153,8 @@ class LocalTeacher(Teacher):
                 position = _position(reading, group).to(self.device)
                 parts.extend(self._answers(head, batch, position, sampled[rows], added[rows]))
             order.append(rows)
-        self._wait_for_others(len(groups))
+        for _ in range(idle):
+            hidden_states(self.model, TokenBatch.pad([[0]], [[0]], self.device))
         self._rest()
         support = _joined(parts).rows(torch.cat(order).argsort())
         if bool((support.log_probs.isnan().any() | support.sampled.isnan().any()).item()):
@@ -162,13 +164,13 @@ class LocalTeacher(Teacher):
             )
         return support
 
-    def _wait_for_others(self, batches: int) -> None:
+    def _most(self, batches: int) -> int:
         """Layers of a sharded teacher are gathered by all processes together, so all run equally many batches."""
-        if self.across:
-            most = torch.tensor(batches, device=self.device)
-            distributed.all_reduce(most, distributed.ReduceOp.MAX)
-            for _ in range(int(most) - batches):
-                hidden_states(self.model, TokenBatch.pad([[0]], [[0]], self.device))
+        if not self.across:
+            return batches
+        most = torch.tensor(batches, device=self.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return int(most)
 
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
