@@ -179,6 +179,7 @@ def _quieten() -> None:
         ".*The dirpath has changed from.*",  # a resumed run logs into a folder of its own
         ".*AFTER optimization.*",  # as it should be: a checkpoint follows its step
         ".*your dataloader is not resumable.*",  # the data module keeps the position
+        ".*`loftq_config` specified but will be ignored.*",  # by the default of peft's own settings
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -132,7 +132,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _tie(model: PreTrainedModel) -> None:
-    """Sharding, gathering and moving replace the body's parameter; a head that is no unit of its own has the old one."""
+    """Sharding, gathering and moving replace the body's parameter; a head that is no unit keeps the old one."""
     head: Any = model.get_output_embeddings()
     if not isinstance(head, FSDPModule):
         embedding: Any = model.get_input_embeddings()

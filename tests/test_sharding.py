@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_student import gradients, lora
 from teachers import asked, teacher_at
+from test_student import gradients, lora
 from tiny import FAMILIES, save_tiny, tiny_model
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
