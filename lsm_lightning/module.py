@@ -17,7 +17,7 @@ from peft import LoraConfig
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LRScheduler
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
@@ -75,6 +75,8 @@ class OnPolicyDistillation(LightningModule):
             done in bfloat16.
         lora: Train low-rank adapters instead of the weights; `lora.r`, `lora.target_modules` and so on are those of
             `peft.LoraConfig`. The student is written with its adapters merged.
+        quantization: Keep the frozen weights under `lora` in 4 or 8 bits (QLoRA), as `load_in_4bit: true` and the other
+            settings of `transformers.BitsAndBytesConfig` say; needs the package bitsandbytes. Not with sharding.
         freeze: Shell patterns of names of the student's weights that are not trained, such as `*.embed_tokens.*`.
         activation_checkpointing: Keep only what enters each layer and compute the rest again in the backward pass:
             much less memory, about a third more time.
@@ -100,6 +102,7 @@ class OnPolicyDistillation(LightningModule):
         gradient_clip: float = 1.0,
         dtype: DType = "float32",
         lora: LoraConfig | None = None,
+        quantization: BitsAndBytesConfig | None = None,
         freeze: list[str] = [],  # noqa: B006 - never changed; the command line shows it
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
@@ -127,7 +130,12 @@ class OnPolicyDistillation(LightningModule):
         self.packing = packing
         self.gradient_clip = gradient_clip
         self.dtype_name: DType = dtype
+        if quantization is not None and lora is None:
+            raise ConfigurationError(
+                "model.quantization: quantised weights cannot be trained; add adapters with model.lora, or remove it."
+            )
         self.lora = lora
+        self.quantization = quantization
         self.freeze_patterns = freeze
         self.activation_checkpointing = activation_checkpointing
         self.compile_layers = compile_layers
@@ -188,13 +196,17 @@ class OnPolicyDistillation(LightningModule):
                 )
 
     def _load_student(self) -> PreTrainedModel:
-        student = load_model(self.student_name, self.dtype_name)
+        student = load_model(self.student_name, self.dtype_name, self.quantization)
         check_head(student, self.student_name)
         check_vocabulary(student, self.tokenizer, self.student_name)
         return self._prepared(student)
 
     def _load_student_sharded(self) -> PreTrainedModel:
         assert self.device_mesh is not None
+        if self.quantization is not None:
+            raise ConfigurationError(
+                "model.quantization: quantised weights cannot be sharded; use the strategy ddp, or remove it."
+            )
         return load_sharded(
             self._load_student,
             lambda: self._prepared(model_shape(self.student_name)),

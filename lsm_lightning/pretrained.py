@@ -7,7 +7,14 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from tokenalign import Convention
@@ -79,13 +86,15 @@ def _template(value: str) -> str:
     return Path(value).expanduser().read_text()
 
 
-def load_model(name: str, dtype: DType) -> PreTrainedModel:
+def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     """The model in eval mode on the CPU, from safetensors only.
 
     Raises:
         ConfigurationError: The model cannot be loaded.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
+    if quantization is not None:
+        options |= {"quantization_config": quantization}
     # Weights of other shapes are let through for a moment, since the error about them does not say which.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
@@ -162,7 +171,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         here = Path(locate(name)).is_dir()
         place = "" if here else f" There is no folder '{name}' here, so it was taken for a hub id."
         raise ConfigurationError(f"The {what} of '{name}' cannot be loaded: {_first_line(error)}{place}") from error

@@ -1,6 +1,5 @@
 """A model spread over processes (FSDP2), which only the first of them has ever held as a whole."""
 
-import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -143,8 +142,7 @@ def _tie(model: PreTrainedModel) -> None:
 def _fill(model: PreTrainedModel, weights: dict[str, Any], buffers: dict[str, Tensor]) -> None:
     """Weights of the first process to all, tensor by tensor, and buffers that are in no state dict."""
     for parameter in model.parameters():
-        with contextlib.suppress(NotImplementedError):  # a quantised weight has no NaN
-            parameter.fill_(torch.nan)
+        parameter.fill_(torch.nan)
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, weights, options=options)
     for name, buffer in model.named_buffers():

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -85,17 +86,20 @@ def compile_layers(model: PreTrainedModel) -> None:
 
 
 def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """Names and values of a plain model that computes the same: adapters merged, sharded weights gathered one by one.
+    """Names and values of a plain model that computes the same: adapters merged, sharded weights gathered one by one,
+    quantised ones at full size.
 
     All processes iterate together where weights are sharded.
     """
     for name, parameter in model.named_parameters():
         if _is_adapters(name):
             continue
-        owner = name.rpartition(".")[0].removesuffix(".base_layer")
-        layer = model.get_submodule(owner)
+        owner, _, kind = name.rpartition(".")
+        if kind == "weight":
+            parameter = dequantize_module_weight(model.get_submodule(owner))  # itself, if it is not quantised
         value = whole(parameter)
-        if isinstance(layer, BaseTunerLayer) and name.endswith(".weight"):
+        layer = model.get_submodule(owner.removesuffix(".base_layer"))
+        if kind == "weight" and isinstance(layer, BaseTunerLayer):
             value = _merged(layer, value)
         yield name.replace(".base_layer.", "."), value
 

@@ -6,10 +6,11 @@ from peft import LoraConfig
 from slow import even_weights, random_support
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import LocalSupportMatching
+from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.student import (
     adapt,
@@ -124,6 +125,31 @@ def test_the_gradient_of_adapters_is_that_of_the_weight_they_change(turns):
 def test_adapters_that_cannot_be_merged_are_refused(family, config, told):
     with pytest.raises(ConfigurationError, match=told):
         adapt(tiny_model(family), config)
+
+
+# ---- quantised weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantised() -> PreTrainedModel:
+    """Of the embedded student: the library's blocks of 64 weights are wider than the tiny one's layers."""
+    pytest.importorskip("bitsandbytes", reason="quantised weights need the package bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return load_model("embedded:student", "float32", config)
+
+
+def test_rollouts_of_a_quantised_student_are_its_own(quantised, turns):
+    adapt(quantised, lora("q_proj"))
+    assert {name.split(".")[-3] for name in gradients(quantised, turns)} == {"lora_A", "lora_B"}
+    with torch.no_grad():
+        for name, parameter in quantised.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    engine = LocalEngine()
+    engine.sync(quantised)
+    torch.testing.assert_close(logits(engine._replica), logits(quantised), rtol=1e-4, atol=1e-4)
+    whole = load_model("embedded:student", "float32")
+    assert (logits(engine._replica) - logits(whole)).abs().max() > 0.01
 
 
 # ---- frozen parts ---------------------------------------------------------------------------------------------------
