@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -95,9 +95,8 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if _is_adapters(name):
             continue
         owner, _, kind = name.rpartition(".")
-        if kind == "weight":
-            parameter = dequantize_module_weight(model.get_submodule(owner))  # itself, if it is not quantised
-        value = whole(parameter)
+        quantised = kind == "weight" and getattr(model, "is_quantized", False)
+        value = whole(_dequantised(model.get_submodule(owner)) if quantised else parameter)
         layer = model.get_submodule(owner.removesuffix(".base_layer"))
         if kind == "weight" and isinstance(layer, BaseTunerLayer):
             value = _merged(layer, value)
@@ -108,6 +107,14 @@ def whole(parameter: Tensor) -> Tensor:
     """A parameter without its gradient, gathered from all processes where it is sharded."""
     value = parameter.detach()
     return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _dequantised(layer: nn.Module) -> Tensor:
+    """The weight at full size; itself, if it is not quantised."""
+    # On some CPUs bitsandbytes packs a weight otherwise once it has run in eval mode, and takes the packing for the
+    # usual one here. Saving the layer packs it as it was.
+    layer.state_dict()
+    return dequantize_module_weight(layer)
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:
