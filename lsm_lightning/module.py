@@ -21,6 +21,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
+from lsm_lightning.export import write_student
 from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
@@ -394,13 +395,19 @@ class OnPolicyDistillation(LightningModule):
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
 
-    def save_student(self, folder: Path) -> None:
-        """Write the student and its tokenizer in transformers format; all processes call it together."""
+    def save_student(self, folder: Path, card: str) -> None:
+        """Write the student in transformers format, see `write_student`; all processes call it together.
+
+        Args:
+            folder: Where to.
+            card: The text of its README.md.
+        """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(self.student, options=options)
         if self.trainer.is_global_zero:
-            self.student.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+            write_student(
+                folder, self.student, weights, self.tokenizer, turn_end=self.turn_end, sampling=self.sampling, card=card
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues."""

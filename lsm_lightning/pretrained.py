@@ -1,13 +1,20 @@
 """Models and tokenizers by name: the embedded ones, a folder, or a hub id."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from tokenalign import Convention
@@ -97,6 +104,21 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
         for weight in sorted(report["missing_keys"]):
             raise ValueError(f"{weight} is not among its weights.")
     return model.eval()
+
+
+def load_skeleton(name: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device; its configuration and its generation settings are there.
+
+    Raises:
+        ConfigurationError: The configuration cannot be loaded.
+    """
+    with _loading("model", name):
+        config = AutoConfig.from_pretrained(locate(name))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # where there is none, the one derived from the configuration stays
+        model.generation_config = GenerationConfig.from_pretrained(locate(name))
+    return model
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, name: str) -> None:
