@@ -38,8 +38,8 @@ def model_card(config: Mapping[str, Any], summary: Mapping[str, Any]) -> str:
     parts = [
         _metadata(student),
         f"# {_short(student)}, distilled on-policy",
-        f"Trained from `{student}` in {summary['steps']} steps with lsm_lightning: the student wrote answers, the teacher "
-        "of the task scored every token of them, and the student learned from the comparison.",
+        f"Trained from `{student}` in {summary['steps']} steps with lsm_lightning: the student wrote answers, the "
+        "task's teacher scored every token of them, and the student learned from the comparison.",
         _markdown_table(("", ""), _provenance(config, summary)),
         "## Success on held-out problems",
         _scores(summary),

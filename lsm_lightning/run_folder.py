@@ -64,8 +64,8 @@ def find_run(path: Path, config: Path | None = None) -> RunFolder:
     config = config or folder / "config.yaml"
     if not config.is_file():
         raise ConfigurationError(
-            f"'{folder}' is not the folder of a run: there is no '{config}'. Give a run's folder (runs/quickstart), one of "
-            "its versions (runs/quickstart/version_0) or a checkpoint; or name the settings with --config."
+            f"'{folder}' is not the folder of a run: there is no '{config}'. Give a run's folder (runs/quickstart), "
+            "one of its versions (runs/quickstart/version_0) or a checkpoint; or name the settings with --config."
         )
     return RunFolder(checkpoint=_newest_checkpoint(folder, config), config=config, summary=folder / "summary.json")
 
@@ -112,8 +112,8 @@ def _config_above(checkpoint: Path) -> Path:
         if (folder / "config.yaml").is_file():
             return folder / "config.yaml"
     raise ConfigurationError(
-        f"The settings of '{checkpoint}' are missing: there is no config.yaml in {' or '.join(map(str, folders))}. Name "
-        "the run's config.yaml with --config."
+        f"The settings of '{checkpoint}' are missing: there is no config.yaml in {' or '.join(map(str, folders))}. "
+        "Name the run's config.yaml with --config."
     )
 
 
