@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -184,7 +185,9 @@ def _read_sharded(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         for name, entry in stored.items()
         if name.startswith(prefix) and isinstance(entry, TensorStorageMetadata)
     }
-    dcp.load(weights, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
+        dcp.load(weights, checkpoint_id=path, no_dist=True)
     return state, {name.removeprefix(prefix): value for name, value in weights.items()}
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from ranks import finish_with_ranks
 from safetensors import safe_open
-from test_training import assert_identical, finish_apart, finish_here
+from test_training import assert_identical, finish_here
 from tiny import FAMILIES, SIZES, STUDENT_END, TEACHER_END, TEMPLATE, save_tiny, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -29,7 +30,7 @@ from transformers import (
 
 from lsm_lightning.export import write_student
 from lsm_lightning.model_card import percent
-from lsm_lightning.pretrained import load_model, load_tokenizer, render
+from lsm_lightning.pretrained import load_model, load_tokenizer, render, turn_end_ids
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
 
@@ -74,49 +75,42 @@ def finished(base: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp("runs")
     (root / "polite.jinja").write_text(POLITE)
 
+    teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
+    sums = {
+        "class_path": "lsm_lightning.tasks.math.AdditionProblems",
+        "init_args": {"digits": 1, "max_new_tokens": 6, "test_size": 3},
+    }
+    settings = {
+        "model": {
+            "student": str(base),
+            "teachers": {"sums": teacher},
+            "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 7}},
+            "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
+            "sampling": {"temperature": 0.7, "top_p": 0.8},
+            "chat_template": str(root / "polite.jinja"),
+        },
+        "data": {"tasks": {"sums": sums}, "prompts_per_step": 4, "samples_per_prompt": 1},
+        "trainer": {"max_steps": 2, "accelerator": "cpu"},
+        "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
+    }
+
+    def arguments(strategy: str) -> list[str]:
+        path = root / f"{strategy}.yaml"
+        trainer = {**settings["trainer"], **STRATEGIES[strategy], "default_root_dir": str(root / strategy)}
+        path.write_text(yaml.safe_dump({**settings, "trainer": trainer}))
+        return ["fit", "--config", str(path)]
+
     @cache
-    def finish(strategy: str) -> Path:
-        folder = root / strategy.replace(" ", "-")
-        folder.mkdir()
-        settings = {
-            "model": {
-                "student": str(base),
-                "teachers": {
-                    "sums": {
-                        "class_path": "lsm_lightning.teacher.LocalTeacher",
-                        "init_args": {"path": str(teacher_folder)},
-                    }
-                },
-                "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 7}},
-                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-                "sampling": {"temperature": 0.7, "top_p": 0.8},
-                "chat_template": str(root / "polite.jinja"),
-            },
-            "data": {
-                "tasks": {
-                    "sums": {
-                        "class_path": "lsm_lightning.tasks.math.AdditionProblems",
-                        "init_args": {"digits": 1, "max_new_tokens": 6, "test_size": 3},
-                    }
-                },
-                "prompts_per_step": 4,
-                "samples_per_prompt": 1,
-            },
-            "trainer": {
-                "max_steps": 2,
-                "accelerator": "cpu",
-                "default_root_dir": str(folder),
-                **STRATEGIES[strategy],
-            },
-            "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
-        }
-        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-        arguments = ["fit", "--config", str(folder / "run.yaml")]
-        if STRATEGIES[strategy]["devices"] == 1:
-            finish_here(arguments)
+    def finish_all(devices: int) -> None:
+        runs = [arguments(name) for name, trainer in STRATEGIES.items() if trainer["devices"] == devices]
+        if devices == 1:
+            finish_here(runs[0])
         else:
-            finish_apart(arguments, folder)
-        return folder
+            finish_with_ranks(runs, devices)
+
+    def finish(strategy: str) -> Path:
+        finish_all(STRATEGIES[strategy]["devices"])
+        return root / strategy
 
     return finish
 
@@ -253,7 +247,6 @@ def test_the_exported_student_writes_what_the_engine_wrote(finished, run, base, 
     engine = LocalEngine()
     engine.sync(reference)
     ends = frozenset(model.generation_config.eos_token_id)
-    # Two more tokens that end a turn, so that some answers are ended by each.
     requests = [Request(ids=prompt, seed=0) for prompt in prompts]
     written = engine.generate(requests, Sampling(temperature=0.0), max_new_tokens=12, turn_end=ends)
     for messages, prompt, completion in zip(conversations, prompts, written, strict=True):
@@ -267,10 +260,12 @@ def test_the_exported_student_writes_what_the_engine_wrote(finished, run, base, 
     assert base_says[0].tolist() != answer[0].tolist()
 
 
-def test_generation_settings_are_those_of_the_run(finished, run, student_tokenizer, tmp_path):
+def test_generation_settings_are_those_of_the_run(finished, run, base, student_tokenizer, tmp_path):
     assert run("export", str(finished("one process")), "-o", str(tmp_path / "student")) == 0
     settings = GenerationConfig.from_pretrained(tmp_path / "student")
-    assert settings.eos_token_id == sorted(student_tokenizer.convert_tokens_to_ids([STUDENT_END, TEACHER_END]))
+    ends = turn_end_ids(load_model(str(base), "float32"), load_tokenizer(str(base), POLITE))
+    assert settings.eos_token_id == sorted(ends)
+    assert ends > {student_tokenizer.eos_token_id}
     assert (settings.do_sample, settings.temperature, settings.top_p, settings.top_k) == (True, 0.7, 0.8, 0)
     assert settings.repetition_penalty in (None, 1.0)
     assert settings.pad_token_id == student_tokenizer.pad_token_id
@@ -376,8 +371,8 @@ class Opened:
         return (Path.touch, (self.trace,))
 
 
-def truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+def truncate(path: Path, share: float = 0.5) -> None:
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
 def no_checkpoint(version: Path) -> str:
@@ -473,7 +468,7 @@ def no_shard(version: Path) -> str:
 
 
 def truncated_shard(version: Path) -> str:
-    truncate(version / "checkpoints" / "last.ckpt" / "__1_0.distcp")
+    truncate(version / "checkpoints" / "last.ckpt" / "__1_0.distcp", 0.1)  # the optimiser's state comes last
     return "last.ckpt"
 
 
