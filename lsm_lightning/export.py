@@ -189,9 +189,8 @@ def _summary(checkpoint: Checkpoint, written: Mapping[str, Any], settings: Mappi
     steps = int(checkpoint.state["global_step"])
     if written.get("steps") == steps:
         return dict(written)
-    measured = next(
-        (state for key, state in checkpoint.state.get("callbacks", {}).items() if key.startswith("RunSummary")), {}
-    )
+    callbacks = checkpoint.state.get("callbacks", {})
+    measured: dict[str, Any] = next((state for key, state in callbacks.items() if key.startswith("RunSummary")), {})
     return {
         "before": measured.get("before", {}),
         "after": {},

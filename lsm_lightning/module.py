@@ -403,7 +403,7 @@ class OnPolicyDistillation(LightningModule):
             card: The text of its README.md.
         """
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.student, options=options)
+        weights: dict[str, Any] = get_model_state_dict(self.student, options=options)
         if self.trainer.is_global_zero:
             write_student(
                 folder, self.student, weights, self.tokenizer, turn_end=self.turn_end, sampling=self.sampling, card=card

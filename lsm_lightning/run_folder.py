@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 import yaml
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from lsm_lightning.errors import ConfigurationError
 
@@ -155,7 +157,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             f"plain values into it, which are not read here since that could run code ({_reason(error)})."
         ) from error
     # What torch raises on a damaged sharded checkpoint is a BaseException of its own.
-    except (OSError, RuntimeError, EOFError, ValueError, dcp.CheckpointException) as error:
+    except (OSError, RuntimeError, EOFError, ValueError, CheckpointException) as error:
         raise ConfigurationError(
             f"The checkpoint '{path}' is damaged, or was cut off while it was written ({_reason(error)}): take another "
             "one of the run."
@@ -179,7 +181,7 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _read_sharded(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     state = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
     prefix = f"state_dict.{STUDENT}"
-    stored = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    stored = FileSystemReader(path).read_metadata().state_dict_metadata
     weights = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
         for name, entry in stored.items()
@@ -187,13 +189,13 @@ def _read_sharded(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*assuming the intent is to load in a single process")
-        dcp.load(weights, checkpoint_id=path, no_dist=True)
+        load(weights, checkpoint_id=path, no_dist=True)
     return state, {name.removeprefix(prefix): value for name, value in weights.items()}
 
 
 def _reason(error: BaseException) -> str:
     """The innermost of what torch tells on several lines."""
-    if isinstance(error, dcp.CheckpointException):
+    if isinstance(error, CheckpointException):
         return _reason(next(iter(error.failures.values()))[0])
     text = str(error).rpartition("WeightsUnpickler error:")[2].strip()
     return next(iter(text.splitlines()), type(error).__name__)
