@@ -105,6 +105,10 @@ def write_student(
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             (fresh / "README.md").write_text(card)
+            for (
+                path
+            ) in fresh.iterdir():  # weights are written for their owner's eyes only; whoever serves them may read
+                path.chmod((fresh / "README.md").stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"The folder '{folder}' cannot be written: {error}") from error
 

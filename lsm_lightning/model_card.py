@@ -115,7 +115,7 @@ def _component(value: Any) -> str:
         return f"`{value}`"
     name = value.get("class_path")
     settings = (value.get("init_args") or {}) if name else value
-    told = ", ".join(f"{key} `{setting}`" for key, setting in settings.items() if setting is not None)
+    told = ", ".join(f"{key} `{setting}`" for key, setting in settings.items() if setting not in (None, ""))
     return " · ".join(part for part in (f"`{name}`" if name else "", told) if part)
 
 
