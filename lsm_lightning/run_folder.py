@@ -63,7 +63,7 @@ def find_run(path: Path, config: Path | None = None) -> RunFolder:
     if path.is_file() or path.suffix == ".ckpt" or _is_sharded(path):
         config = config or _config_above(path)
         return RunFolder(checkpoint=path, config=config, summary=config.parent / "summary.json")
-    folder = _newest_version(path) or path
+    folder = _newest_version(path) or _newest_version(path / "lightning_logs") or path
     config = config or folder / "config.yaml"
     if not config.is_file():
         raise ConfigurationError(

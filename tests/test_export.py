@@ -338,6 +338,18 @@ def test_the_newest_version_is_the_one_of_the_highest_number(spoilable, run, tmp
     )
 
 
+def test_checkpoints_in_a_folder_of_their_own_are_found(spoilable, run, tmp_path):
+    """Where the settings say, and as other loggers of Lightning lay out a run."""
+    version = spoilable("one process")
+    config = yaml.safe_load((version / "config.yaml").read_text())
+    config["checkpoint"]["dirpath"] = str(tmp_path / "elsewhere")
+    (version / "config.yaml").write_text(yaml.safe_dump(config))
+    (version / "checkpoints").rename(tmp_path / "elsewhere")
+    shutil.copytree(version, tmp_path / "other" / "lightning_logs" / "version_0")
+    for source in (version.parent, tmp_path / "other"):
+        assert run("export", str(source), "-o", str(tmp_path / "student"), "--overwrite") == 0
+
+
 def test_settings_can_be_named(spoilable, run, tmp_path):
     version = spoilable("one process")
     (version / "config.yaml").rename(tmp_path / "elsewhere.yaml")
