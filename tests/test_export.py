@@ -490,8 +490,8 @@ def truncated_metadata(version: Path) -> str:
 
 
 def empty_folder(version: Path) -> str:
-    shutil.rmtree(version / "checkpoints" / "last.ckpt")
-    (version / "checkpoints" / "last.ckpt").mkdir()
+    for path in (version / "checkpoints" / "last.ckpt").iterdir():
+        path.unlink()
     return "last.ckpt"
 
 
