@@ -15,13 +15,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from peft import LoraConfig
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
+from lsm_lightning.export import write_student
 from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
@@ -31,15 +31,15 @@ from lsm_lightning.pretrained import (
     check_model,
     check_vocabulary,
     load_model,
+    load_skeleton,
     load_tokenizer,
-    model_shape,
     turn_end_ids,
 )
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.sharding import load_sharded
-from lsm_lightning.student import adapt, checkpoint_activations, compile_layers, freeze
+from lsm_lightning.student import adapt, checkpoint_activations, compile_layers, freeze, plain_state_dict
 from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
@@ -209,7 +209,7 @@ class OnPolicyDistillation(LightningModule):
             )
         return load_sharded(
             self._load_student,
-            lambda: self._prepared(model_shape(self.student_name)),
+            lambda: self._prepared(load_skeleton(self.student_name)),
             self.device_mesh["data_parallel"],
             device=self.trainer.strategy.root_device,
             compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
@@ -440,13 +440,18 @@ class OnPolicyDistillation(LightningModule):
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
 
-    def save_student(self, folder: Path) -> None:
-        """Write the student and its tokenizer in transformers format; all processes call it together."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.student, options=options)
+    def save_student(self, folder: Path, card: str) -> None:
+        """Write the student in transformers format, see `write_student`; all processes call it together.
+
+        Args:
+            folder: Where to.
+            card: The text of its README.md.
+        """
+        weights = plain_state_dict(self.student)
         if self.trainer.is_global_zero:
-            self.student.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+            write_student(
+                folder, self.student, weights, self.tokenizer, turn_end=self.turn_end, sampling=self.sampling, card=card
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues."""

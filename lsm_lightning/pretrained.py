@@ -1,7 +1,7 @@
 """Models and tokenizers by name: the embedded ones, a folder, or a hub id."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +12,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
     BitsAndBytesConfig,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -108,14 +109,18 @@ def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None 
     return model.eval()
 
 
-def model_shape(name: str) -> PreTrainedModel:
-    """The model on the meta device: every parameter's name and shape, and no weights.
+def load_skeleton(name: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device; its configuration and its generation settings are there.
 
     Raises:
-        ConfigurationError: The name leads to no readable model configuration.
+        ConfigurationError: The configuration cannot be loaded.
     """
-    with _loading("model", name), torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate(name)))
+    with _loading("model", name):
+        config = AutoConfig.from_pretrained(locate(name))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # where there is none, the one derived from the configuration stays
+        model.generation_config = GenerationConfig.from_pretrained(locate(name))
     return model.eval()
 
 

@@ -20,7 +20,6 @@ class _Told:
 
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, Tensor]
-    generation_config: Any
 
 
 def load_sharded(
@@ -59,7 +58,6 @@ def load_sharded(
             told = _Told(
                 dtypes={name: parameter.dtype for name, parameter in whole.named_parameters()},
                 buffers=dict(whole.named_buffers()),
-                generation_config=whole.generation_config,
             )
     box = [told]
     distributed.broadcast_object_list(box)
@@ -74,7 +72,6 @@ def load_sharded(
     model.to_empty(device=device)
     _tie(model)
     _fill(model, weights, told.buffers)
-    model.generation_config = told.generation_config
     return model
 
 

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -101,6 +101,15 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if kind == "weight" and isinstance(layer, BaseTunerLayer):
             value = _merged(layer, value)
         yield name.replace(".base_layer.", "."), value
+
+
+def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """`merged_parameters` and persistent buffers, on the CPU; of sharded weights in the first process only, others get
+    nothing. All processes call it together."""
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    weights = {name: value.cpu() for name, value in merged_parameters(model) if first}
+    buffers = dict(model.named_buffers())
+    return weights | {name: value.cpu() for name, value in model.state_dict().items() if first and name in buffers}
 
 
 def whole(parameter: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning import sharding as sharding_module
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.pretrained import load_model, model_shape
+from lsm_lightning.pretrained import load_model, load_skeleton
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.sharding import load_sharded
@@ -43,7 +43,7 @@ def sharded(folder: Path, prepare: Callable[[PreTrainedModel], None] = lambda mo
         return model
 
     def shape() -> PreTrainedModel:
-        model = model_shape(str(folder))
+        model = load_skeleton(str(folder))
         prepare(model)
         return model
 

@@ -17,8 +17,8 @@ from lsm_lightning.pretrained import (
     check_model,
     check_vocabulary,
     load_model,
+    load_skeleton,
     load_tokenizer,
-    model_shape,
     render,
     turn_end_ids,
 )
@@ -114,7 +114,7 @@ class LocalTeacher(Teacher):
     def _load_sharded(self) -> PreTrainedModel:
         mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
         return load_sharded(
-            self._load, lambda: model_shape(self.path).requires_grad_(False), mesh, device=self.device
+            self._load, lambda: load_skeleton(self.path).requires_grad_(False), mesh, device=self.device
         ).eval()
 
     def _move(self, device: torch.device) -> None:
