@@ -122,7 +122,7 @@ EXPORT = """\
 Write the trained student of a run as a folder in transformers format.
 
 AutoModelForCausalLM.from_pretrained and vLLM load it. It holds the weights bit for bit, the tokenizer with the run's
-chat template, the run's sampling and turn ends, and a model card with settings and figures.
+chat template, the run's sampling and turn ends, and a model card with settings and figures. Adapters are merged.
 
 RUN is one of
   runs/quickstart                                     its newest version, and there last.ckpt or the newest checkpoint
@@ -175,6 +175,7 @@ def export_command(arguments: Sequence[str]) -> None:
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, one of its versions, or a checkpoint")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the model folder to write")
     parser.add_argument("--dtype", type=DType, default="auto", help="of the weights; auto: as in the checkpoint")
+    parser.add_argument("--adapter", action="store_true", help="write the adapters alone, as peft reads them")
     parser.add_argument("--overwrite", action="store_true", help="replace a model that lies in DIR")
     parser.add_argument(
         "--config", type=Path, metavar="FILE", help="the run's config.yaml, if it is not beside the run"
@@ -230,6 +231,7 @@ def _quieten() -> None:
         ".*The dirpath has changed from.*",  # a resumed run logs into a folder of its own
         ".*AFTER optimization.*",  # as it should be: a checkpoint follows its step
         ".*your dataloader is not resumable.*",  # the data module keeps the position
+        ".*`is_gradient_checkpointing` is deprecated.*",  # peft's business
         ".*`loftq_config` specified but will be ignored.*",  # by the default of peft's own settings
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -9,23 +9,39 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from peft import LoraConfig, TaskType
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.model_card import model_card, versions
-from lsm_lightning.pretrained import DType, load_skeleton, load_tokenizer, locate, turn_end_ids
+from lsm_lightning.pretrained import DType, load_model, load_skeleton, load_tokenizer, locate, turn_end_ids
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.run_folder import Checkpoint, find_run, read_checkpoint, read_config, read_summary
+from lsm_lightning.student import adapt, adapter_state_dict, is_adapters, plain_state_dict
 
 
 def export(
-    run: Path, output: Path, *, dtype: DType = "auto", overwrite: bool = False, config: Path | None = None
+    run: Path,
+    output: Path,
+    *,
+    dtype: DType = "auto",
+    overwrite: bool = False,
+    adapter: bool = False,
+    config: Path | None = None,
 ) -> str:
     """Write the student of a run as a folder that `from_pretrained` and vLLM load.
 
-    Neither the teachers nor the base student's weights are loaded; of the base, configuration and tokenizer are.
+    No teacher is loaded, and of the base student its configuration and tokenizer only, unless adapters were trained:
+    they are merged into the base's weights.
 
     Args:
         run: The run's folder, of which the newest version is taken; one version's folder; or a checkpoint, of any
@@ -33,6 +49,7 @@ def export(
         output: Where to.
         dtype: Of the exported weights; `auto` is the checkpoint's, bit for bit.
         overwrite: Whether a model that lies in `output` is replaced.
+        adapter: Write the adapters alone, as peft reads them.
         config: The run's settings, where they do not lie beside the checkpoint.
 
     Returns:
@@ -53,10 +70,19 @@ def export(
             f"The checkpoint '{found.checkpoint}' is of the student '{checkpoint.state['student']}', the settings in "
             f"'{found.config}' are of '{name}': name the right ones with --config."
         )
+    lora = settings["model"].get("lora")
+    if adapter and not lora:
+        raise ConfigurationError(f"No adapters were trained in the run of '{found.checkpoint}': leave --adapter out.")
     weights = checkpoint.weights
+    if lora:
+        adapted = _adapted(settings["model"], weights)
+        weights = adapter_state_dict(adapted) if adapter else plain_state_dict(adapted)
     if dtype != "auto":
         weights = {n: w.to(getattr(torch, dtype)) if w.is_floating_point() else w for n, w in weights.items()}
     summary = _summary(checkpoint, read_summary(found.summary), settings)
+    if adapter:
+        write_adapter(output, _lora(lora), weights, base=name, card=model_card(settings, summary))
+        return f"Wrote the adapters after step {summary['steps']} ({found.checkpoint}) to {output}."
     try:
         write_student(
             output,
@@ -105,12 +131,54 @@ def write_student(
             model.save_pretrained(fresh)
             tokenizer.save_pretrained(fresh)
             (fresh / "README.md").write_text(card)
-            for (
-                path
-            ) in fresh.iterdir():  # weights are written for their owner's eyes only; whoever serves them may read
-                path.chmod((fresh / "README.md").stat().st_mode)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"The folder '{folder}' cannot be written: {error}") from error
+
+
+def write_adapter(folder: Path, lora: LoraConfig, weights: Mapping[str, Tensor], *, base: str, card: str) -> None:
+    """Write adapters as peft reads them (`PeftModel.from_pretrained`); the folder appears whole or not at all.
+
+    Args:
+        folder: Where to.
+        lora: What kind of adapters they are.
+        weights: By peft's names.
+        base: The model they belong to.
+        card: The text of README.md.
+
+    Raises:
+        ConfigurationError: The folder cannot be written.
+    """
+    lora.base_model_name_or_path, lora.task_type, lora.inference_mode = base, TaskType.CAUSAL_LM, True
+    try:
+        with _replaced(folder) as fresh:
+            lora.save_pretrained(str(fresh))
+            save_file(dict(weights), fresh / "adapter_model.safetensors", metadata={"format": "pt"})
+            (fresh / "README.md").write_text(card)
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"The folder '{folder}' cannot be written: {error}") from error
+
+
+def _lora(settings: Mapping[str, Any]) -> LoraConfig:
+    """As the command line wrote it down, without what says how it was set up and run."""
+    values = settings["init_args"]
+    return LoraConfig(**{name: values[name] for name in values.keys() - {"runtime_config", "loftq_config"}})
+
+
+def _adapted(settings: Mapping[str, Any], trained: Mapping[str, Tensor]) -> PreTrainedModel:
+    """The base student with the run's adapters."""
+    quantization = settings.get("quantization")
+    quantised = BitsAndBytesConfig(**quantization) if quantization else None
+    model = load_model(settings["student"], settings.get("dtype", "float32"), quantised)
+    adapt(model, _lora(settings["lora"]))
+    adapters = {name: weight for name, weight in trained.items() if is_adapters(name)}
+    expected = {name for name in model.state_dict() if is_adapters(name)}
+    if wrong := sorted(expected ^ adapters.keys()):
+        raise ConfigurationError(
+            f"The checkpoint has other adapters than model.lora of its settings says, the first being {wrong[0]}: name "
+            "the right settings with --config."
+        )
+    model.load_state_dict(adapters, strict=False)
+    return model
 
 
 def _filled(student: PreTrainedModel, weights: Mapping[str, Tensor]) -> PreTrainedModel:
@@ -167,6 +235,8 @@ def _replaced(folder: Path) -> Iterator[Path]:
         fresh, former = Path(scratch, "fresh"), Path(scratch, "former")
         fresh.mkdir()
         yield fresh
+        for path in fresh.iterdir():  # weights are written for their owner's eyes only; whoever serves them may read
+            path.chmod((fresh / "README.md").stat().st_mode)
         try:
             if folder.exists():
                 folder.rename(former)
@@ -186,7 +256,8 @@ def _check_output(output: Path, overwrite: bool, base: Path) -> None:
         return
     if not overwrite:
         raise ConfigurationError(f"'{output}' is there and not empty: give another folder, or --overwrite.")
-    if not (folder / "config.json").is_file() or folder == base.resolve():
+    kept = any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+    if not kept or folder == base.resolve():
         what = "holds the base student" if folder == base.resolve() else "holds no model"
         raise ConfigurationError(f"'{output}' {what}, so --overwrite does not replace it: give another folder.")
 

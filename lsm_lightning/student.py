@@ -7,7 +7,7 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, distributed, nn
@@ -92,7 +92,7 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     All processes iterate together where weights are sharded.
     """
     for name, parameter in model.named_parameters():
-        if _is_adapters(name):
+        if is_adapters(name):
             continue
         owner, _, kind = name.rpartition(".")
         quantised = kind == "weight" and getattr(model, "is_quantized", False)
@@ -110,6 +110,17 @@ def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
     weights = {name: value.cpu() for name, value in merged_parameters(model) if first}
     buffers = dict(model.named_buffers())
     return weights | {name: value.cpu() for name, value in model.state_dict().items() if first and name in buffers}
+
+
+def is_adapters(name: str) -> bool:
+    """Whether a weight of this name belongs to an adapter."""
+    return re.search(r"\.lora_(A|B|embedding_A|embedding_B)\b", name) is not None
+
+
+def adapter_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The adapters alone, by the names under which peft saves and loads them."""
+    weights: dict[str, Tensor] = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return {f"base_model.model.{name}": weight.contiguous() for name, weight in weights.items()}
 
 
 def whole(parameter: Tensor) -> Tensor:
@@ -130,7 +141,3 @@ def _merged(layer: Any, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     changes = [whole(layer.get_delta_weight(name)).to(wide) for name in layer.active_adapters]
     return torch.stack([weight.to(wide), *changes]).sum(0).to(weight.dtype)
-
-
-def _is_adapters(name: str) -> bool:
-    return re.search(r"\.lora_(A|B|embedding_A|embedding_B)\.", name) is not None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from peft import PeftModel
 from ranks import finish_with_ranks
 from safetensors import safe_open
 from test_training import assert_identical, finish_here
@@ -70,34 +71,39 @@ Finish = Callable[[str], Path]
 
 
 @pytest.fixture(scope="module")
-def finished(base: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish:
-    """The folder of a run by the name of its strategy."""
-    root = tmp_path_factory.mktemp("runs")
-    (root / "polite.jinja").write_text(POLITE)
-
+def settings_of_a_run(base: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two steps."""
+    template = tmp_path_factory.mktemp("templates") / "polite.jinja"
+    template.write_text(POLITE)
     teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
     sums = {
         "class_path": "lsm_lightning.tasks.math.AdditionProblems",
         "init_args": {"digits": 1, "max_new_tokens": 6, "test_size": 3},
     }
-    settings = {
+    return {
         "model": {
             "student": str(base),
             "teachers": {"sums": teacher},
             "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 7}},
             "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
             "sampling": {"temperature": 0.7, "top_p": 0.8},
-            "chat_template": str(root / "polite.jinja"),
+            "chat_template": str(template),
         },
         "data": {"tasks": {"sums": sums}, "prompts_per_step": 4, "samples_per_prompt": 1},
         "trainer": {"max_steps": 2, "accelerator": "cpu"},
         "checkpoint": {"every_n_train_steps": 1, "save_top_k": -1, "filename": "{step}"},
     }
 
+
+@pytest.fixture(scope="module")
+def finished(settings_of_a_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Finish:
+    """The folder of a run by the name of its strategy."""
+    root = tmp_path_factory.mktemp("runs")
+
     def arguments(strategy: str) -> list[str]:
         path = root / f"{strategy}.yaml"
-        trainer = {**settings["trainer"], **STRATEGIES[strategy], "default_root_dir": str(root / strategy)}
-        path.write_text(yaml.safe_dump({**settings, "trainer": trainer}))
+        trainer = {**settings_of_a_run["trainer"], **STRATEGIES[strategy], "default_root_dir": str(root / strategy)}
+        path.write_text(yaml.safe_dump({**settings_of_a_run, "trainer": trainer}))
         return ["fit", "--config", str(path)]
 
     @cache
@@ -196,6 +202,46 @@ def test_a_tied_weight_is_stored_once_and_tied_again(finished, run, tmp_path):
     assert "lm_head.weight" not in stored(tmp_path / "student")
     model = loaded(tmp_path / "student")
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def adapted(settings_of_a_run: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that trained adapters."""
+    folder = tmp_path_factory.mktemp("adapters")
+    lora = {"r": 3, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    settings = {**settings_of_a_run, "model": {**settings_of_a_run["model"], "lora": lora}}
+    settings["trainer"] = {**settings["trainer"], "devices": 1, "default_root_dir": str(folder / "run")}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    finish_here(["fit", "--config", str(folder / "run.yaml")])
+    return folder / "run"
+
+
+def test_adapters_are_exported_merged_or_alone(adapted, run, base, tmp_path):
+    for words in ([], ["--adapter"]):
+        assert run("export", str(adapted), "-o", str(tmp_path / "-".join(["student", *words])), *words) == 0
+    ids = torch.arange(5, 25)[None]
+    merged, left = loaded(tmp_path / "student"), loaded(adapted / "version_0" / "student")
+    assert_identical(merged.state_dict(), left.state_dict())
+    untrained = load_model(str(base), "float32")
+    before = untrained(ids).logits
+    alone = PeftModel.from_pretrained(untrained, tmp_path / "student---adapter").eval()
+    torch.testing.assert_close(merged(ids).logits, alone(ids).logits)
+    assert (merged(ids).logits - before).abs().max() > 1e-3
+    weights = sum(path.stat().st_size for path in (tmp_path / "student---adapter").glob("*.safetensors"))
+    assert weights < 0.5 * (tmp_path / "student" / "model.safetensors").stat().st_size
+
+
+def test_adapters_that_were_not_trained_cannot_be_exported(adapted, finished, run, tmp_path, capfd):
+    assert run("export", str(finished("one process")), "-o", str(tmp_path / "out"), "--adapter") == 2
+    assert "No adapters were trained" in capfd.readouterr().err
+    other = yaml.safe_load((adapted / "version_0" / "config.yaml").read_text())
+    other["model"]["lora"]["init_args"]["target_modules"] = ["k_proj"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(other))
+    assert run("export", str(adapted), "-o", str(tmp_path / "out"), "--config", str(tmp_path / "config.yaml")) == 2
+    assert "other adapters" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["new", "overwritten"])
