@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lsm_lightning.errors import ConfigurationError
 
@@ -23,18 +23,31 @@ def newest(folder: Path) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def check(path: Path) -> None:
+def check(path: Path, every_byte: bool = True) -> None:
     """Look at a checkpoint without loading it: is it one, and is it all there?
 
+    Args:
+        path: A file, or the folder of a sharded checkpoint.
+        every_byte: Read a file once against its checksums, which torch writes and does not look at. Shards have none.
+
     Raises:
-        ConfigurationError: It is missing, something else, or was cut off.
+        ConfigurationError: It is missing, something else, cut off or damaged.
     """
     if not path.exists():
         raise ConfigurationError(f"--ckpt_path: there is no checkpoint '{path}'.")
     if path.is_dir():
         _check_shards(path)
-    elif not zipfile.is_zipfile(path):
+        return
+    if not zipfile.is_zipfile(path):
         raise ConfigurationError(f"--ckpt_path: '{path}' is not a checkpoint, or was cut off while it was written.")
+    if every_byte:
+        try:
+            with zipfile.ZipFile(path) as file:
+                damaged = file.testzip()
+        except (zipfile.BadZipFile, OSError) as error:
+            damaged = str(error)
+        if damaged:
+            raise ConfigurationError(f"--ckpt_path: '{path}' is damaged: {damaged}")
 
 
 def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
@@ -77,7 +90,7 @@ def _check_shards(folder: Path) -> None:
 
 def _joined(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Optimiser states as a list, with numbers for names, as an optimiser knows its parameters."""
-    states = []
+    states: list[dict[str, Any]] = []
     while (state := checkpoint.pop(f"optimizer_{len(states)}", None)) is not None:
         names = [name for group in state["param_groups"] for name in group["params"]]
         numbers = {name: number for number, name in enumerate(names)}

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -75,7 +75,7 @@ class CLI(LightningCLI):
         if any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks = [StopSignals(), *callbacks]
         if config.get("logger") in (None, True):
-            config["logger"] = TensorBoardLogger(_run_folder(config), name=None, flush_secs=10)
+            config["logger"] = TensorBoardLogger(_run_folder(config.get("default_root_dir")), name=None, flush_secs=10)
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
@@ -90,16 +90,18 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
         if str(path) in ("last", "auto"):
-            folder = Path(config.get("checkpoint", {}).get("dirpath") or _run_folder(config["trainer"]))
+            folder = Path(
+                config.get("checkpoint", {}).get("dirpath") or _run_folder(config["trainer"].get("default_root_dir"))
+            )
             found = checkpoints.newest(folder)
             if found is None and str(path) == "last":
                 raise ConfigurationError(
-                    f"--ckpt_path last: no last.ckpt below '{folder}'. Use --ckpt_path auto to start anew where there "
+                    f"ckpt_path: last: no last.ckpt below '{folder}'. Use --ckpt_path auto to start anew where there "
                     "is none."
                 )
             path = config["ckpt_path"] = found and str(found)
         if path is not None and str(path) not in ("best", "hpc", "registry"):
-            checkpoints.check(Path(path))
+            checkpoints.check(Path(path), every_byte=os.environ.get("LOCAL_RANK", "0") == "0")
 
     def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
         """Train; after Ctrl-C, SIGTERM or SLURM's warning, tell where the checkpoint is and how to go on.
@@ -107,7 +109,8 @@ class CLI(LightningCLI):
         Raises:
             Interrupted: A signal ended the run; a checkpoint is saved by then.
         """
-        signals = next((each for each in self.trainer.callbacks if isinstance(each, StopSignals)), None)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        signals = next((each for each in callbacks if isinstance(each, StopSignals)), None)
         try:
             with signals.listening() if signals else nullcontext():
                 self.trainer.fit(model, **kwargs)
@@ -215,7 +218,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except Interrupted as interruption:
-        if rank_zero_only.rank:  # it has been told, and a launcher would take a status for a failure
+        if getattr(rank_zero_only, "rank", 0):  # it has been told, and a launcher would take a status for a failure
             return 0
         print(interruption, file=sys.stderr)
         return interruption.status
@@ -252,9 +255,9 @@ def _seed(value: bool | int) -> int:
     return int(value)
 
 
-def _run_folder(trainer: Mapping[str, Any]) -> str:
-    """Where a run with these settings of the trainer logs."""
-    return str(trainer.get("default_root_dir") or "runs")
+def _run_folder(default_root_dir: Any) -> str:
+    """Where a run with this setting of the trainer logs."""
+    return str(default_root_dir or "runs")
 
 
 def _check_files(arguments: Sequence[str]) -> None:

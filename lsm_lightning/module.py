@@ -13,6 +13,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
@@ -250,7 +251,8 @@ class OnPolicyDistillation(LightningModule):
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
-        self.engine.sync(self.student)
+        with isolate_rng():  # the first time it makes a replica, which draws weights to throw away
+            self.engine.sync(self.student)
         task = self._data.tasks[batch.task]
         episodes = [
             ((self.seed, batch.step, index, sample), task.episode("train", index))
@@ -358,7 +360,8 @@ class OnPolicyDistillation(LightningModule):
             on_progress: Told (finished, all) episodes of this process.
         """
         if player is None:
-            self.engine.sync(self.student)
+            with isolate_rng():
+                self.engine.sync(self.student)
             player = self.player(self.eval_sampling)
         indices = self._data.eval_indices(task)
         played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)

@@ -16,10 +16,10 @@ def random_states(device: torch.device) -> RandomStates:
     Args:
         device: The one that the process computes on.
     """
-    _, keys, *position = np.random.get_state()
+    _, keys, *position = np.random.get_state(legacy=True)
     states = {
         "python": random.getstate(),
-        "numpy": (keys.tolist(), *position),  # type: ignore[union-attr]
+        "numpy": (np.asarray(keys).tolist(), *position),
         "torch": torch.get_rng_state(),
     }
     return states | ({"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else {})

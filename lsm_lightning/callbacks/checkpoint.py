@@ -80,7 +80,7 @@ class Checkpoint(ModelCheckpoint):
             return
         place = Path(filepath)
         first = trainer.is_global_zero
-        with trainer.profiler.profile("save_checkpoint"):
+        with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
             _together(trainer, place, lambda: _prepare(place) if first else None)
             _together(trainer, place, lambda: trainer.strategy.save_checkpoint(checkpoint, atomic.partial(place)))

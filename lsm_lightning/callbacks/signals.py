@@ -54,6 +54,10 @@ class StopSignals(Callback):
                     signal.signal(signum, handler)
             self._listening = False
 
+    def hold(self) -> None:
+        """Do not stop before `end_of_step`."""
+        self._held = True
+
     def end_of_step(self, trainer: Trainer) -> None:
         """Stop here if a process got a signal; all call it together.
 
@@ -79,7 +83,7 @@ class StopSignals(Callback):
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         """From here on the step has to be finished."""
-        self._held = True
+        self.hold()
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is saved; what comes now can be left out."""
