@@ -27,10 +27,12 @@ class Recorder(Callback):
 
     Args:
         path: The file; each process but the first adds its rank.
+        pause: Seconds to wait after each step, for what shall happen before the next.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, pause: float = 0.0) -> None:
         self.path = path
+        self.pause = pause
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rollout: Any = pl_module.rollout
@@ -49,6 +51,7 @@ class Recorder(Callback):
         line = json.dumps({"step": batch.step, "sampled": self.sampled, **measured})
         with open(f"{self.path}{trainer.global_rank or ''}", "ab", buffering=0) as file:
             file.write(f"{line}\n".encode())
+        time.sleep(self.pause)
 
 
 def records(path: Path) -> list[dict[str, Any]]:

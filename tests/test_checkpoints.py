@@ -5,10 +5,12 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,6 @@ import torch
 import yaml
 from processes import records, started
 from tiny import save_tiny
-from torch import Tensor
 from torch.distributed import checkpoint as sharded
 
 from lsm_lightning import checkpoints
@@ -27,6 +28,7 @@ from lsm_lightning.cli import CLI
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 
+ROOT = Path(__file__).parent.parent
 STATUS = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 # ---- files and folders that are whole at every instant --------------------------------------------------------------
@@ -188,63 +190,119 @@ SHARDED = {
     "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
     "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1, "process_group_backend": "gloo"},
 }
-STRATEGIES: dict[str, dict[str, Any]] = {
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {"devices": 1, "strategy": "auto"},
     "ddp": {"devices": 2, "strategy": "ddp"},
     "shards": {"devices": 2, "strategy": SHARDED},
 }
-several = pytest.mark.parametrize("strategy", STRATEGIES)
+"""One process, two, and two with half of the weights each, whose checkpoints are folders."""
+TOLERANCE = {"one": 0.0, "ddp": 1e-6, "shards": 1e-6}
+STEPS = 6
 
-Prepare = Callable[..., list[str]]
+Prepare = Callable[..., Path]
 
 
-@pytest.fixture
-def prepare(settings: dict[str, Any], forgetful: Path, tmp_path: Path) -> Prepare:
-    """Arguments of a run in a folder of its own, which is recorded."""
+@pytest.fixture(scope="module")
+def prepare(forgetful: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepare:
+    """Writes the settings of a run into a folder of its own, where it logs and is recorded."""
 
-    def prepare(name: str, steps: int, every: int = 20, **trainer: Any) -> list[str]:
-        folder = tmp_path / name
-        folder.mkdir()
-        settings["model"]["student"] = str(forgetful)
-        settings["model"]["optimizer"] = {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2}}
-        settings["model"]["lr_scheduler"] = {
-            "class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.9},
-        }  # fmt: skip
-        settings["data"] |= {"prompts_per_step": 3}
-        recorder = {"class_path": "processes.Recorder", "init_args": {"path": str(folder / "steps")}}
-        settings["trainer"] |= {
-            "max_steps": steps, "devices": 1, "logger": True, "default_root_dir": str(folder), "callbacks": [recorder],
-            **trainer,
-        }  # fmt: skip
-        settings["checkpoint"] = {"every_n_train_steps": every}
-        settings["summary"] = {"evaluate": False}
+    def prepare(
+        layout: str = "one", steps: int = STEPS, every: int = 20, pause: float = 0.0, student: Path = forgetful
+    ) -> Path:
+        folder = tmp_path_factory.mktemp("run")
+        teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
+        task = {
+            "class_path": "lsm_lightning.tasks.math.AdditionProblems",
+            "init_args": {"max_new_tokens": 4, "test_size": 2},
+        }
+        settings = {
+            "model": {
+                "student": str(student),
+                "teachers": {"sums": teacher},
+                "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-2, "eps": 1e-3}},
+                "lr_scheduler": {
+                    "class_path": "torch.optim.lr_scheduler.ExponentialLR",
+                    "init_args": {"gamma": 0.9},
+                },
+            },
+            "data": {"tasks": {"sums": task}, "prompts_per_step": 3, "samples_per_prompt": 1},
+            "trainer": {
+                "max_steps": steps,
+                "accelerator": "cpu",
+                "default_root_dir": str(folder),
+                "callbacks": [
+                    {"class_path": "processes.Recorder", "init_args": {"path": str(folder / "steps"), "pause": pause}}
+                ],
+                **LAYOUTS[layout],
+            },
+            "checkpoint": {"every_n_train_steps": every},
+            "summary": {"evaluate": False},
+        }
         (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-        return ["fit", "--config", str(folder / "run.yaml")]
+        return folder
 
     return prepare
 
 
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    """Of the newest checkpoint below a folder."""
+def fit(folder: Path, *more: str) -> list[str]:
+    """The arguments of the run of a folder."""
+    return ["fit", "--config", str(folder / "run.yaml"), *more]
+
+
+def go_on(folder: Path, *more: str) -> list[str]:
+    """Of the same, from where it stands."""
+    return fit(folder, "--ckpt_path", "last", *more)
+
+
+def finish(folder: Path, layout: str, *more: str) -> str:
+    """Run it in processes of its own, and return what the first one said."""
+    processes = LAYOUTS[layout]["devices"]
+    with started(fit(folder, *more), folder / "output", processes=processes) as run:
+        assert run.wait() == [0] * processes, run.said()
+        return run.said()
+
+
+@pytest.fixture(scope="module")
+def whole(prepare: Prepare) -> Callable[[str, int], Path]:
+    """The folder of a run that nobody disturbed, by its layout and length."""
+
+    @cache
+    def whole(layout: str = "one", steps: int = STEPS) -> Path:
+        folder = prepare(layout, steps)
+        finish(folder, layout)
+        return folder
+
+    return whole
+
+
+def newest(folder: Path) -> Path:
+    """The last checkpoint of the run of a folder."""
     path = checkpoints.newest(folder)
     assert path is not None
-    return checkpoints.load(path)["state_dict"]
+    return path
 
 
-def assert_same(folder: Path, other: Path, tolerance: float = 0.0, ranks: int = 1) -> None:
+def steps_of(folder: Path, rank: int = 0) -> list[int]:
+    """Which were done, in order."""
+    return [step["step"] for step in records(folder / f"steps{rank or ''}")]
+
+
+def assert_same(folder: Path, other: Path, layout: str = "one") -> None:
     """The last weights, and every step however often it was done, on every process."""
-    ours, theirs = weights_of(folder), weights_of(other)
+    ours, theirs = (checkpoints.load(newest(each))["state_dict"] for each in (folder, other))
+    tolerance = TOLERANCE[layout]
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance, atol=tolerance)
-    for rank in range(ranks):
+    for rank in range(LAYOUTS[layout]["devices"]):
         expected = {step["step"]: step for step in records(other / f"steps{rank or ''}")}
         done = records(folder / f"steps{rank or ''}")
         assert {step["step"] for step in done} == expected.keys()
         for step in done:
-            assert step["sampled"] == expected[step["step"]]["sampled"]
-            assert step == (
-                pytest.approx(expected[step["step"]], rel=tolerance) if tolerance else expected[step["step"]]
-            )
+            right = dict(expected[step["step"]])
+            assert step.pop("sampled") == right.pop("sampled")
+            assert step == (pytest.approx(right, rel=tolerance, abs=tolerance) if tolerance else right)
 
 
 def told(stderr: str) -> str:
@@ -253,48 +311,38 @@ def told(stderr: str) -> str:
     return line
 
 
-quiet = pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable", "ignore:.*AFTER optimization")
-
-
-def resume(folder: Path, *more: str, path: str = "last") -> list[str]:
-    """Arguments of the same run, going on."""
-    return ["fit", "--config", str(folder / "run.yaml"), "--ckpt_path", path, *more]
-
-
 # ---- going on -------------------------------------------------------------------------------------------------------
 
 
-def test_random_states_go_on_where_they_stood(prepare, run, tmp_path):
+def test_random_states_go_on_where_they_stood(prepare, whole, run):
     """Dropout draws the same numbers; the control has lost them."""
-    assert run(*prepare("whole", 3)) == 0
-    for name in ("resumed", "lost"):
-        assert run(*prepare(name, 1)) == 0
-        path = checkpoints.newest(tmp_path / name)
-        assert path is not None
-        if name == "lost":
-            torch.save({**torch.load(path), "random_states": []}, path)
-        assert run(*resume(tmp_path / name, "--trainer.max_steps", "3")) == 0
-    assert_same(tmp_path / "resumed", tmp_path / "whole")
+    folder = prepare()
+    assert run(*fit(folder, "--trainer.max_steps", "5")) == 0
+    path = newest(folder)
+    state = torch.load(path)
+    assert run(*go_on(folder)) == 0
+    assert_same(folder, whole())
+    torch.save({**state, "random_states": []}, path)
+    assert run(*fit(folder, "--ckpt_path", str(path))) == 0
     with pytest.raises(AssertionError, match="not equal"):
-        assert_same(tmp_path / "lost", tmp_path / "whole")
+        assert_same(folder, whole())
 
 
-def test_the_last_step_is_saved_whatever_the_interval(prepare, run, tmp_path):
-    assert run(*prepare("run", 3, every=2)) == 0
-    path = checkpoints.newest(tmp_path / "run")
-    assert path is not None
-    assert torch.load(path)["global_step"] == 3
-    assert [inside.name for inside in path.parent.iterdir()] == ["last.ckpt"]
+def test_the_last_step_is_saved_whatever_the_interval(prepare, run):
+    folder = prepare(steps=3, every=2)
+    assert run(*fit(folder)) == 0
+    assert torch.load(newest(folder))["global_step"] == 3
+    assert [inside.name for inside in newest(folder).parent.iterdir()] == ["last.ckpt"]
 
 
-def test_last_is_an_error_without_a_checkpoint_and_auto_starts_anew(prepare, run, tmp_path, capfd):
-    prepare("run", 1)
-    assert run(*resume(tmp_path / "run", path="last")) == 2
+def test_last_is_an_error_without_a_checkpoint_and_auto_starts_anew(prepare, run, capfd):
+    folder = prepare(steps=1)
+    assert run(*go_on(folder)) == 2
     assert told(capfd.readouterr().err).startswith("error: ckpt_path: last: no last.ckpt below")
-    assert run(*resume(tmp_path / "run", path="auto")) == 0
-    assert run(*resume(tmp_path / "run", "--trainer.max_steps", "2", path="auto")) == 0
-    assert run(*resume(tmp_path / "run", "--trainer.max_steps", "3", path="last")) == 0
-    assert [step["step"] for step in records(tmp_path / "run" / "steps")] == [0, 1, 2]
+    assert run(*fit(folder, "--ckpt_path", "auto")) == 0
+    assert run(*fit(folder, "--ckpt_path", "auto", "--trainer.max_steps", "2")) == 0
+    assert run(*go_on(folder, "--trainer.max_steps", "3")) == 0
+    assert steps_of(folder) == [0, 1, 2]
 
 
 def test_the_newest_of_several_runs_is_taken(tmp_path):
@@ -307,12 +355,32 @@ def test_the_newest_of_several_runs_is_taken(tmp_path):
     assert checkpoints.newest(tmp_path / "version_11") is None
 
 
-def test_a_checkpoint_does_not_override_the_command_line(prepare, run, tmp_path, monkeypatch):
-    assert run(*prepare("run", 1)) == 0
+def test_a_checkpoint_does_not_override_the_command_line(prepare, whole, run, monkeypatch):
     seen = []
     monkeypatch.setattr(CLI, "fit", lambda self, model, **_: seen.append(model))
-    assert run(*resume(tmp_path / "run", "--model.gradient_clip", "0.25", "--model.micro_batch_tokens", "77")) == 0
+    assert run(*go_on(whole(), "--model.gradient_clip", "0.25", "--model.micro_batch_tokens", "77")) == 0
     assert (seen[0].gradient_clip, seen[0].micro_batch_tokens) == (0.25, 77)
+
+
+def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, student_folder):
+    """One, then two with half of the weights each, then one; without dropout, which draws other numbers."""
+    alone = prepare(student=student_folder)
+    finish(alone, "one")
+    folder = prepare(student=student_folder)
+    assert "Going on" not in finish(folder, "one", "--trainer.max_steps", "2")
+    for layout, steps, line in (
+        ("shards", 4, "Going on with 2 instead of 1 processes"),
+        ("one", 6, "Going on with 1 instead of 2 processes"),
+    ):
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        assert line in finish(folder, layout, "--ckpt_path", "last")
+        assert newest(folder).is_dir() == (layout == "shards")
+    ours, theirs = (checkpoints.load(newest(each))["state_dict"] for each in (folder, alone))
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    assert steps_of(folder) == steps_of(alone)
 
 
 # ---- saves that fail ------------------------------------------------------------------------------------------------
@@ -329,66 +397,60 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_full_disk_is_told_in_one_line_and_leaves_the_previous_checkpoint(prepare, run, tmp_path, capfd):
-    into = ("--checkpoint.dirpath", str(tmp_path / "run" / "checkpoints"))
-    assert run(*prepare("run", 1), *into) == 0
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    before = path.read_bytes()
-    capfd.readouterr()
+@pytest.fixture
+def saved(whole: Callable[..., Path], tmp_path: Path) -> Path:
+    """A checkpoint in a folder that may be spoilt."""
+    return Path(shutil.copy(newest(whole()), tmp_path))
+
+
+def test_a_full_disk_is_told_in_one_line_and_leaves_the_previous_checkpoint(prepare, run, saved, capfd):
+    before = saved.read_bytes()
+    more = ("--ckpt_path", str(saved), "--trainer.max_steps", "7", "--checkpoint.dirpath", str(saved.parent))
     with full_disk(len(before) // 2):
-        assert run(*resume(tmp_path / "run", "--trainer.max_steps", "2", *into)) == 2
+        assert run(*fit(prepare(), *more)) == 2
     line = told(capfd.readouterr().err)
-    assert line.startswith(f"error: Cannot save {path}: ")
+    assert line.startswith(f"error: Cannot save {saved}: ")
     assert "File too large" in line
-    assert path.read_bytes() == before
-    assert run(*resume(tmp_path / "run", "--trainer.max_steps", "2", *into)) == 0
-    assert list(path.parent.iterdir()) == [path]
+    assert saved.read_bytes() == before
+    assert run(*fit(prepare(), *more)) == 0
+    assert torch.load(saved)["global_step"] == 7
+    assert list(saved.parent.iterdir()) == [saved]
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_first_step(prepare, run, tmp_path, capfd):
     (tmp_path / "file").touch()
-    assert run(*prepare("run", 1), "--checkpoint.dirpath", str(tmp_path / "file" / "checkpoints")) == 2
-    line = told(capfd.readouterr().err)
-    assert line.startswith(f"error: Cannot save {tmp_path / 'file' / 'checkpoints'}: ")
-    assert records(tmp_path / "run" / "steps") == []
+    folder = prepare()
+    assert run(*fit(folder, "--checkpoint.dirpath", str(tmp_path / "file" / "checkpoints"))) == 2
+    assert told(capfd.readouterr().err).startswith(f"error: Cannot save {tmp_path / 'file' / 'checkpoints'}: ")
+    assert steps_of(folder) == []
 
 
 @pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_told_before_the_first_step(prepare, run, tmp_path, capfd):
-    folder = tmp_path / "fixed"
-    folder.mkdir(mode=0o500)
-    assert run(*prepare("run", 1), "--checkpoint.dirpath", str(folder)) == 2
+    (tmp_path / "fixed").mkdir(mode=0o500)
+    assert run(*fit(prepare(), "--checkpoint.dirpath", str(tmp_path / "fixed"))) == 2
     assert "Permission denied" in told(capfd.readouterr().err)
 
 
-def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare, run, tmp_path, capfd):
+def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare, run, saved):
     """When it breaks off, weights and optimiser are of different steps."""
-    into = ("--checkpoint.dirpath", str(tmp_path / "run" / "checkpoints"))
-    assert run(*prepare("run", 1), *into) == 0
-    path = tmp_path / "run" / "checkpoints" / "last.ckpt"
-    state = torch.load(path)
+    state = torch.load(saved)
     state["optimizer_states"][0]["param_groups"].clear()
-    torch.save(state, path)
-    before = path.read_bytes()
+    torch.save(state, saved)
+    before = saved.read_bytes()
     with pytest.raises(ValueError, match="parameter group"):
-        run(*resume(tmp_path / "run", "--trainer.max_steps", "2", *into))
-    assert path.read_bytes() == before
+        run(*fit(prepare(), "--ckpt_path", str(saved), "--checkpoint.dirpath", str(saved.parent)))
+    assert saved.read_bytes() == before
 
 
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def uninterrupted() -> dict[str, Path]:
-    """Folders of whole runs, by what they are."""
-    return {}
-
-
-@pytest.mark.parametrize("signum", STATUS)
-@pytest.mark.parametrize("place", ["rollout", "optimiser", "logging"])
-def test_a_signal_costs_nothing_wherever_it_comes(prepare, run, tmp_path, monkeypatch, capfd, signum, place):
+@pytest.mark.parametrize(
+    ("place", "signum"), [("rollout", signal.SIGTERM), ("optimiser", signal.SIGINT), ("logging", signal.SIGTERM)]
+)
+def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypatch, capfd, place, signum):
     """Before the optimiser's step the run stops there and repeats the step; after it the step is finished first."""
-    assert run(*prepare("whole", 3)) == 0
     owner, name = {
         "rollout": (OnPolicyDistillation, "rollout"),
         "optimiser": (torch.optim.AdamW, "step"),
@@ -405,15 +467,15 @@ def test_a_signal_costs_nothing_wherever_it_comes(prepare, run, tmp_path, monkey
             signal.raise_signal(signum)
         return done
 
-    arguments = prepare("stopped", 3)
+    folder = prepare()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        assert run(*arguments) == STATUS[signum]
+        assert run(*fit(folder)) == STATUS[signum]
     stopped = 1 if place == "rollout" else 2
-    assert f"Interrupted after step {stopped}. Saved " in capfd.readouterr().err
-    assert len(records(tmp_path / "stopped" / "steps")) == stopped
-    assert run(*resume(tmp_path / "stopped")) == 0
-    assert_same(tmp_path / "stopped", tmp_path / "whole")
+    assert f"Interrupted after step {stopped}. Saved {newest(folder)}; " in capfd.readouterr().err
+    assert steps_of(folder) == list(range(stopped))
+    assert run(*go_on(folder)) == 0
+    assert_same(folder, whole())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
@@ -435,8 +497,6 @@ def test_slurm_is_asked_to_run_the_job_again(prepare, run, tmp_path, monkeypatch
     (tmp_path / "scontrol").write_text(f"#!/bin/sh\necho $@ >> {tmp_path}/asked\nexit {0 if works else 1}\n")
     (tmp_path / "scontrol").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    arguments = prepare("run", 3)
-    assert run(*arguments, "--trainer.max_steps", "1") == 0  # without SLURM nothing listens
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
     right = OnPolicyDistillation._log_step
 
@@ -445,76 +505,80 @@ def test_slurm_is_asked_to_run_the_job_again(prepare, run, tmp_path, monkeypatch
         return right(*arguments)
 
     monkeypatch.setattr(OnPolicyDistillation, "_log_step", warned)
-    assert run(*arguments) == status
+    folder = prepare()
+    assert run(*fit(folder)) == status
     assert (tmp_path / "asked").read_text() == "requeue 4711\n"
-    assert "4711" in told(capfd.readouterr().err.split("stops at once, without saving.")[-1])
-    path = checkpoints.newest(tmp_path / "run")
-    assert path is not None
-    assert torch.load(path)["global_step"] == 1
+    assert "4711" in told(capfd.readouterr().err.split("without saving.")[-1])
+    assert torch.load(newest(folder))["global_step"] == 1
 
 
-@several
-@pytest.mark.parametrize("signum", STATUS)
-def test_several_processes_stop_together(prepare, tmp_path, strategy, signum):
+BOTH = [("ddp", signal.SIGTERM, [1]), ("shards", signal.SIGINT, [0, 1])]
+OTHERS = [("ddp", signal.SIGINT, [0]), ("shards", signal.SIGTERM, [0, 1])]
+
+
+@pytest.mark.parametrize(
+    ("layout", "signum", "ranks"), [*BOTH, *(pytest.param(*other, marks=pytest.mark.slow) for other in OTHERS)]
+)
+def test_several_processes_stop_together(prepare, whole, layout, signum, ranks):
     """A signal reaches one of them, or all; both stop after the same step."""
-    arguments = prepare("stopped", 200, **STRATEGIES[strategy])
-    folder, ranks = tmp_path / "stopped", ([1] if signum == signal.SIGTERM else None)
-    with started(arguments, folder / "output", processes=2) as run:
+    folder = prepare(layout, pause=0.3)
+    with started(fit(folder), folder / "output", processes=2) as run:
         run.wait_for(folder / "steps", 2)
         run.send(signum, ranks)
         assert run.wait() == [STATUS[signum], 0], run.said()
-        assert "Saved" in run.said()
+        assert f"Saved {newest(folder)}; " in run.said()
         assert "Traceback" not in run.said() + run.said(1)
-    done = len(records(folder / "steps"))
-    assert 2 <= done == len(records(folder / "steps1")) < 200
-    more = ("--trainer.max_steps", str(done + 2))
-    with started(resume(folder, *more), folder / "output", processes=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    arguments = prepare("whole", done + 2, **STRATEGIES[strategy])
-    with started(arguments, tmp_path / "whole" / "output", processes=2) as run:
-        assert run.wait() == [0, 0], run.said()
-    assert_same(folder, tmp_path / "whole", tolerance=1e-6, ranks=2)
+    assert steps_of(folder) == steps_of(folder, rank=1)
+    assert 2 <= len(steps_of(folder)) < STEPS
+    finish(folder, layout, "--ckpt_path", "last")
+    assert_same(folder, whole(layout), layout)
 
 
-@several
-def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, tmp_path, strategy):
-    """Two, then one, then two again, and each learns what one learns; without dropout, which draws other numbers."""
+@pytest.mark.slow
+def test_a_signal_to_the_first_process_reaches_those_it_launched(prepare, whole):
+    """As `kill` does, where Lightning has started the others."""
+    folder = prepare("ddp", pause=0.3)
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "lsm_lightning", *fit(folder)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, process_group=0) as process:
+        try:
+            while process.poll() is None and len(steps_of(folder)) < 2:
+                time.sleep(0.05)
+            process.terminate()
+            _, said = process.communicate(timeout=60)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == STATUS[signal.SIGTERM], said
+    assert f"Saved {newest(folder)}; " in said
+    finish(folder, "ddp", "--ckpt_path", "last")
+    assert_same(folder, whole("ddp"), "ddp")
 
 
 # ---- SIGKILL --------------------------------------------------------------------------------------------------------
 
 
-def kill_and_go_on(arguments: list[str], folder: Path, kills: int, processes: int, seed: int) -> None:
-    """Kill the run at random moments, and start it again each time until it ends."""
-    moments = random.Random(seed)
-    arguments = [*arguments, "--ckpt_path", "auto"]
+def check_kills(prepare: Prepare, whole: Callable[[str, int], Path], layout: str, steps: int, kills: int) -> None:
+    """Kill a run that saves every step at random moments, start it again each time, and compare."""
+    moments = random.Random(steps)
+    folder = prepare(layout, steps, every=1)
+    processes = LAYOUTS[layout]["devices"]
     for _ in range(kills):
-        done = len(records(folder / "steps"))
-        with started(arguments, folder / "output", processes=processes) as run:
-            run.wait_for(folder / "steps", done + moments.randrange(2))
-            time.sleep(moments.uniform(0, 0.15))
+        done = len(steps_of(folder))
+        with started(fit(folder, "--ckpt_path", "auto"), folder / "output", processes=processes) as run:
+            run.wait_for(folder / "steps", done + moments.randrange(3))
+            time.sleep(moments.uniform(0, 0.1))
             run.kill()
-    with started(arguments, folder / "output", processes=processes) as run:
-        assert run.wait() == [0] * processes, run.said()
+    finish(folder, layout, "--ckpt_path", "auto")
+    assert_same(folder, whole(layout, steps), layout)
 
 
-def check_kills(prepare: Prepare, tmp_path: Path, steps: int, kills: int, strategy: str | None) -> None:
-    layout = STRATEGIES[strategy] if strategy else {}
-    processes = layout.get("devices", 1)
-    arguments = prepare("whole", steps, every=1, **layout)
-    with started(arguments, tmp_path / "whole" / "output", processes=processes) as run:
-        assert run.wait() == [0] * processes, run.said()
-    arguments = prepare("killed", steps, every=1, **layout)
-    kill_and_go_on(arguments, tmp_path / "killed", kills, processes, seed=steps)
-    assert_same(tmp_path / "killed", tmp_path / "whole", tolerance=1e-6 if strategy else 0.0, ranks=processes)
-
-
-@pytest.mark.parametrize("strategy", [None, "shards"])
-def test_a_run_killed_thrice_ends_as_the_uninterrupted_one(prepare, tmp_path, strategy):
-    check_kills(prepare, tmp_path, steps=6, kills=3, strategy=strategy)
+@pytest.mark.parametrize("layout", ["one", "shards"])
+def test_a_run_killed_thrice_ends_as_the_undisturbed_one(prepare, whole, layout):
+    check_kills(prepare, whole, layout, STEPS, kills=3)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", [None, *STRATEGIES])
-def test_a_run_killed_twenty_times_ends_as_the_uninterrupted_one(prepare, tmp_path, strategy):
-    check_kills(prepare, tmp_path, steps=30, kills=20, strategy=strategy)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_run_killed_twenty_times_ends_as_the_undisturbed_one(prepare, whole, layout):
+    check_kills(prepare, whole, layout, steps=30, kills=20)
