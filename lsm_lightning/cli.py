@@ -118,8 +118,7 @@ class CLI(LightningCLI):
             cause = error.__context__
             if not isinstance(cause, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C
                 raise
-            signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
-            raise _interrupted(signum, self.trainer) from error
+            raise _interrupted(cause, self.trainer) from error
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
@@ -135,9 +134,12 @@ class Interrupted(Exception):  # noqa: N818 - not an error
         self.status = status
 
 
-def _interrupted(signum: int, trainer: Trainer) -> Interrupted:
+def _interrupted(cause: KeyboardInterrupt, trainer: Trainer) -> Interrupted:
     """What to tell, and what SLURM needs to be told."""
-    status = 128 + signum
+    signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
+    # A launcher takes a status for a failure, and ends the others while the first one is still at work.
+    follows = isinstance(cause, Stopped) and cause.agreed and not trainer.is_global_zero
+    status = 0 if follows else 128 + signum
     saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
     if not saved:
         return Interrupted("Interrupted before the first step was done; nothing to save.", status)
@@ -218,13 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except Interrupted as interruption:
-        if getattr(rank_zero_only, "rank", 0):  # it has been told, and a launcher would take a status for a failure
-            return 0
-        print(interruption, file=sys.stderr)
+        if not getattr(rank_zero_only, "rank", 0):
+            print(interruption, file=sys.stderr)
         return interruption.status
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interruption:
         print("Interrupted before training began; nothing to save.", file=sys.stderr)
-        return 130
+        return 128 + (interruption.signum if isinstance(interruption, Stopped) else signal.SIGINT)
     return 0
 
 

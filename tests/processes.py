@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import sys
@@ -19,7 +20,9 @@ SECONDS_ALLOWED = 60.0
 """Before a process counts as hanging."""
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["lsm_lightning.cli", "lsm_lightning.tasks.math"])
+_CONTEXT.set_forkserver_preload(
+    ["lsm_lightning.cli", "lsm_lightning.tasks.math", "torch.utils.tensorboard", "transformers.generation"]
+)
 
 
 class Recorder(Callback):
@@ -66,18 +69,19 @@ class Run:
         arguments: Of the command line.
         output: A file for what each process prints; each but the first adds its rank.
         processes: How many.
-        environment: More variables.
+        full: A process that may write no file larger than so many bytes, as if its disk were full.
     """
 
     def __init__(
-        self, arguments: Sequence[str], output: Path, processes: int = 1, environment: Mapping[str, str] | None = None
+        self, arguments: Sequence[str], output: Path, processes: int = 1, full: Mapping[int, int] | None = None
     ) -> None:
         self.outputs = [output.with_name(f"{output.name}{rank or ''}") for rank in range(processes)]
         launched = _launched(processes)
         self.processes: list[BaseProcess] = []
         for rank, path in enumerate(self.outputs):
-            variables = {"OMP_NUM_THREADS": "1", **(launched(rank) if processes > 1 else {}), **(environment or {})}
-            self.processes.append(_CONTEXT.Process(target=_main, args=(list(arguments), str(path), variables)))
+            variables = launched(rank) if processes > 1 else {}
+            limit = (full or {}).get(rank)
+            self.processes.append(_CONTEXT.Process(target=_main, args=(list(arguments), str(path), variables, limit)))
         for process in self.processes:
             process.start()
 
@@ -142,11 +146,13 @@ def _launched(processes: int) -> Any:
     return variables
 
 
-def _main(arguments: list[str], output: str, variables: dict[str, str]) -> None:
+def _main(arguments: list[str], output: str, variables: dict[str, str], limit: int | None) -> None:
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(file, stream)
     os.environ.update(variables)
+    if limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     sys.argv = ["lsm-lightning", *arguments]
     import torch
 

@@ -397,6 +397,26 @@ def full_disk(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+@pytest.mark.parametrize(
+    ("layout", "rank"), [("shards", 1), pytest.param("shards", 0, marks=pytest.mark.slow), ("ddp", 0)]
+)
+def test_where_one_disk_is_full_no_process_waits_for_another(prepare, whole, layout, rank):
+    """And the checkpoint that both had saved is there."""
+    folder = prepare(layout, steps=STEPS + 1)
+    saved = newest(whole(layout))
+    place = folder / saved.name
+    shutil.copytree(saved, place) if saved.is_dir() else shutil.copy(saved, place)
+    more = ("--ckpt_path", str(place), "--checkpoint.dirpath", str(folder))
+    with started(fit(folder, *more), folder / "output", processes=2, full={rank: 60_000}) as run:
+        assert run.wait() == [2, 2], run.said() + run.said(1)
+        for said in (run.said(), run.said(1)):
+            assert f"error: Cannot save {place}: " in said
+            assert "File too large" in said
+            assert "Traceback" not in said
+    assert torch.load(place / "meta.pt" if place.is_dir() else place)["global_step"] == STEPS
+    checkpoints.check(place)
+
+
 @pytest.fixture
 def saved(whole: Callable[..., Path], tmp_path: Path) -> Path:
     """A checkpoint in a folder that may be spoilt."""
@@ -447,7 +467,13 @@ def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare
 
 
 @pytest.mark.parametrize(
-    ("place", "signum"), [("rollout", signal.SIGTERM), ("optimiser", signal.SIGINT), ("logging", signal.SIGTERM)]
+    ("place", "signum"),
+    [
+        ("rollout", signal.SIGTERM),
+        ("optimiser", signal.SIGINT),
+        ("logging", signal.SIGTERM),
+        ("validation", signal.SIGTERM),
+    ],
 )
 def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypatch, capfd, place, signum):
     """Before the optimiser's step the run stops there and repeats the step; after it the step is finished first."""
@@ -455,8 +481,10 @@ def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypat
         "rollout": (OnPolicyDistillation, "rollout"),
         "optimiser": (torch.optim.AdamW, "step"),
         "logging": (OnPolicyDistillation, "_log_step"),
+        "validation": (OnPolicyDistillation, "validation_step"),
     }[place]
     right, calls = getattr(owner, name), []
+    more = ["--trainer.val_check_interval", "1"] if place == "validation" else []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
@@ -470,11 +498,12 @@ def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypat
     folder = prepare()
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, interrupted)
-        assert run(*fit(folder)) == STATUS[signum]
+        assert run(*fit(folder, *more)) == STATUS[signum]
     stopped = 1 if place == "rollout" else 2
     assert f"Interrupted after step {stopped}. Saved {newest(folder)}; " in capfd.readouterr().err
     assert steps_of(folder) == list(range(stopped))
-    assert run(*go_on(folder)) == 0
+    assert run(*go_on(folder, *more)) == 0
+    assert steps_of(folder) == list(range(STEPS))
     assert_same(folder, whole())
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
@@ -573,7 +602,7 @@ def check_kills(prepare: Prepare, whole: Callable[[str, int], Path], layout: str
     assert_same(folder, whole(layout, steps), layout)
 
 
-@pytest.mark.parametrize("layout", ["one", "shards"])
+@pytest.mark.parametrize("layout", ["one", pytest.param("shards", marks=pytest.mark.slow)])
 def test_a_run_killed_thrice_ends_as_the_undisturbed_one(prepare, whole, layout):
     check_kills(prepare, whole, layout, STEPS, kills=3)
 

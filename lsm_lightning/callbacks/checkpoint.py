@@ -58,6 +58,7 @@ class Checkpoint(ModelCheckpoint):
         """Save the last step too, whatever `every_n_train_steps` says."""
         if self.save_last and not self._should_skip_saving_checkpoint(trainer):
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        _end_of_step(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where training broke off, unless its state is ruined, or other processes would have to help.
@@ -65,7 +66,8 @@ class Checkpoint(ModelCheckpoint):
         Of several processes one may be alone with its exception: only a signal reaches all of them.
         """
         ruined = isinstance(exception, TrainingDivergedError | CheckpointError)
-        alone = trainer.world_size > 1 and not isinstance(exception, Stopped)
+        agreed = isinstance(exception, Stopped) and exception.agreed
+        alone = trainer.world_size > 1 and not agreed
         if ruined or alone or not self._training or not self._should_save_on_exception(trainer):
             return
         if self.save_last is True:  # Lightning would save twice

@@ -16,11 +16,17 @@ SECONDS_TO_A_SECOND_CTRL_C = 1.0
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal asked for the end of the run; on all processes at the same place."""
+    """A signal asked for the end of the run.
 
-    def __init__(self, signum: int) -> None:
+    Args:
+        signum: Which.
+        agreed: All processes have stopped here.
+    """
+
+    def __init__(self, signum: int, agreed: bool = False) -> None:
         super().__init__(signal.Signals(signum).name)
         self.signum = signum
+        self.agreed = agreed
 
 
 class StopSignals(Callback):
@@ -70,7 +76,7 @@ class StopSignals(Callback):
             received = int(trainer.strategy.reduce(votes, reduce_op="max"))
         if received:
             self.received = received
-            raise Stopped(received)
+            raise Stopped(received, agreed=True)
         self._held = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -87,9 +93,7 @@ class StopSignals(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is saved; what comes now can be left out."""
-        self._held = self._together = False
-        if self.received:
-            raise Stopped(self.received)
+        self._together = False
 
     def _listen(self) -> None:
         if self._listening:
