@@ -4,13 +4,16 @@
 
 import difflib
 import logging
+import os
 import re
 import shlex
+import signal
+import subprocess
 import sys
 import warnings
-import zipfile
 from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,8 +23,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
-from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary
+from lsm_lightning import checkpoints
+from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary, Stopped, StopSignals
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.export import export
@@ -70,38 +75,98 @@ class CLI(LightningCLI):
         for setting, kind in (("enable_progress_bar", ProgressLine), ("enable_checkpointing", Checkpoint)):
             if config.get(setting) is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+        if any(isinstance(callback, Checkpoint) for callback in callbacks):
+            callbacks = [StopSignals(), *callbacks]
         if config.get("logger") in (None, True):
-            config["logger"] = TensorBoardLogger(config.get("default_root_dir") or "runs", name=None, flush_secs=10)
+            config["logger"] = TensorBoardLogger(_run_folder(config.get("default_root_dir")), name=None, flush_secs=10)
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:
-        """Look at the checkpoint before anything is loaded. Lightning's own way would let hyperparameters stored in it
-        override the command line."""
-        if self.config.get("subcommand"):
-            _check_checkpoint(self.config[self.config.subcommand].get("ckpt_path"))
-
-    def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
-        """Train; after Ctrl-C, tell where the checkpoint is and how to go on.
+        """Find and look at the checkpoint before anything is loaded. Lightning's own way would let hyperparameters
+        stored in it override the command line.
 
         Raises:
-            Interrupted: Ctrl-C was pressed; Lightning has saved a checkpoint by then.
+            ConfigurationError: There is none, or it is not whole.
         """
+        if not self.config.get("subcommand"):
+            return
+        config = self.config[self.config.subcommand]
+        path = config.get("ckpt_path")
+        if str(path) in ("last", "auto"):
+            folder = Path(
+                config.get("checkpoint", {}).get("dirpath") or _run_folder(config["trainer"].get("default_root_dir"))
+            )
+            found = checkpoints.newest(folder)
+            if found is None and str(path) == "last":
+                raise ConfigurationError(
+                    f"ckpt_path: last: no last.ckpt below '{folder}'. Use --ckpt_path auto to start anew where there "
+                    "is none."
+                )
+            path = config["ckpt_path"] = found and str(found)
+        if path is not None and str(path) not in ("best", "hpc", "registry"):
+            checkpoints.check(Path(path), every_byte=os.environ.get("LOCAL_RANK", "0") == "0")
+
+    def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
+        """Train; after Ctrl-C, SIGTERM or SLURM's warning, tell where the checkpoint is and how to go on.
+
+        Raises:
+            Interrupted: A signal ended the run; a checkpoint is saved by then.
+        """
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        signals = next((each for each in callbacks if isinstance(each, StopSignals)), None)
         try:
-            self.trainer.fit(model, **kwargs)
+            with signals.listening() if signals else nullcontext():
+                self.trainer.fit(model, **kwargs)
         except SystemExit as error:
-            if not isinstance(error.__context__, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C
+            cause = error.__context__
+            if not isinstance(cause, KeyboardInterrupt):  # how Lightning leaves after Ctrl-C
                 raise
-            checkpoint = getattr(self.trainer.checkpoint_callback, "last_model_path", "")
-            if checkpoint:
-                raise Interrupted(
-                    f"Interrupted after step {self.trainer.global_step}. Saved {checkpoint}; add --ckpt_path "
-                    f"{shlex.quote(checkpoint)} to the same command to go on."
-                ) from error
-            raise Interrupted("Interrupted before the first step was done; nothing to save.") from error
+            raise _interrupted(cause, self.trainer) from error
 
 
 class Interrupted(Exception):  # noqa: N818 - not an error
-    """Ctrl-C ended the run in order; the text says where it stands."""
+    """A signal ended the run in order; the text says where it stands.
+
+    Args:
+        message: What to tell.
+        status: The exit status.
+    """
+
+    def __init__(self, message: str, status: int = 130) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+def _interrupted(cause: KeyboardInterrupt, trainer: Trainer) -> Interrupted:
+    """What to tell, and what SLURM needs to be told."""
+    signum = cause.signum if isinstance(cause, Stopped) else signal.SIGINT
+    # A launcher takes a status for a failure, and ends the others while the first one is still at work.
+    follows = isinstance(cause, Stopped) and cause.agreed and not trainer.is_global_zero
+    status = 0 if follows else 128 + signum
+    saved = getattr(trainer.checkpoint_callback, "last_model_path", "")
+    if not saved:
+        return Interrupted("Interrupted before the first step was done; nothing to save.", status)
+    message = f"Interrupted after step {trainer.global_step}. Saved {saved}; "
+    if signum == signal.SIGUSR1:
+        requeued, job = _requeue() if trainer.is_global_zero else (True, "")
+        if requeued:
+            return Interrupted(f"{message}SLURM will start job {job} again: --ckpt_path auto goes on from here.", 0)
+        message += f"scontrol could not requeue job {job}; "
+    return Interrupted(f"{message}add --ckpt_path {shlex.quote(saved)} to the same command to go on.", status)
+
+
+def _requeue() -> tuple[bool, str]:
+    """Ask SLURM to run this job again.
+
+    Returns:
+        Whether it will, and the job's name.
+    """
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
+    try:
+        return subprocess.run(["scontrol", "requeue", job], capture_output=True).returncode == 0, job
+    except OSError:
+        return False, job
 
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -139,7 +204,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
 
     Raises:
         ConfigurationError: Something the user chose cannot work.
-        Interrupted: Ctrl-C was pressed.
+        Interrupted: A signal ended training in order.
         SystemExit: After `--help`.
     """
     _quieten()
@@ -191,8 +256,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command for a person.
 
     Returns:
-        The exit status: 0 fine, 1 training diverged, 2 a mistake in what was asked for, 130 after Ctrl-C; all but the
-        first are told in one line.
+        The exit status: 0 fine, or SLURM will go on; 1 training diverged, 2 a mistake in what was asked for, 130 after
+        Ctrl-C, 143 after SIGTERM; all but the first are told in one line.
     """
     words = sys.argv[1:] if arguments is None else list(arguments)
     try:
@@ -207,11 +272,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"stopped: {error}", file=sys.stderr)
         return 1
     except Interrupted as interruption:
-        print(interruption, file=sys.stderr)
-        return 130
-    except KeyboardInterrupt:
+        if not getattr(rank_zero_only, "rank", 0):
+            print(interruption, file=sys.stderr)
+        return interruption.status
+    except KeyboardInterrupt as interruption:
         print("Interrupted before training began; nothing to save.", file=sys.stderr)
-        return 130
+        return 128 + (interruption.signum if isinstance(interruption, Stopped) else signal.SIGINT)
     return 0
 
 
@@ -244,14 +310,9 @@ def _seed(value: bool | int) -> int:
     return int(value)
 
 
-def _check_checkpoint(path: str | Path | None) -> None:
-    """A file or a folder of a sharded checkpoint; Lightning's own words (`last`, `best`) are left to it."""
-    if path is None or str(path) in ("last", "best", "hpc", "registry"):
-        return
-    if not Path(path).exists():
-        raise ConfigurationError(f"--ckpt_path: there is no checkpoint '{path}'.")
-    if not (Path(path).is_dir() or zipfile.is_zipfile(path)):
-        raise ConfigurationError(f"--ckpt_path: '{path}' is not a checkpoint, or was cut off while it was written.")
+def _run_folder(default_root_dir: Any) -> str:
+    """Where a run with this setting of the trainer logs."""
+    return str(default_root_dir or "runs")
 
 
 def _check_files(arguments: Sequence[str]) -> None:

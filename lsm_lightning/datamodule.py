@@ -105,14 +105,15 @@ class AlternatingTasks(LightningDataModule):
     def train_dataloader(self) -> "DataLoader[StepBatch]":
         """Batches from the current position on."""
         assert self.trainer is not None
-        return DataLoader(_Steps(self), sampler=_FromHere(self, length=self.trainer.max_steps), batch_size=None)
+        sampler = _FromHere(self, length=self.trainer.max_steps)
+        return DataLoader(_Steps(self), sampler=sampler, batch_size=None, generator=_unused())
 
     def val_dataloader(self) -> "DataLoader[StepBatch]":
         """The test split, one batch a task."""
         batches = [
             StepBatch(task=name, step=0, indices=self.eval_indices(name), samples_per_prompt=1) for name in self.tasks
         ]
-        return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+        return DataLoader(batches, batch_size=None, generator=_unused())  # type: ignore[arg-type]
 
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
         """A step's plan holds no tensors."""
@@ -167,6 +168,12 @@ class _FromHere(Sampler[int]):
 
     def __len__(self) -> int:
         return self.length
+
+
+def _unused() -> torch.Generator:
+    """A loader draws a number whenever it starts; not from the global generator, which a resumed run must find as an
+    undisturbed one does."""
+    return torch.Generator()
 
 
 def _per_task(name: str, value: int | dict[str, int], tasks: Mapping[str, Task]) -> dict[str, int]:

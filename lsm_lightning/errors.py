@@ -8,5 +8,9 @@ class ConfigurationError(ValueError):
     """
 
 
+class CheckpointError(ConfigurationError):
+    """A checkpoint cannot be written, say because the disk is full; the previous one is left as it is."""
+
+
 class TrainingDivergedError(RuntimeError):
     """The student's numbers are no longer finite; its last good checkpoint is left as it is."""

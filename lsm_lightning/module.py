@@ -13,6 +13,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities.seed import isolate_rng
 from peft import LoraConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -35,6 +36,7 @@ from lsm_lightning.pretrained import (
     load_tokenizer,
     turn_end_ids,
 )
+from lsm_lightning.random_states import RandomStates, random_states, restore_random_states
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
@@ -142,6 +144,8 @@ class OnPolicyDistillation(LightningModule):
         self.chat_template = chat_template
         self.seed = seed
         self._skipped = 0
+        self._before_step: RandomStates | None = None
+        self._restored: RandomStates | None = None
         self.on_rollout_progress: Callable[[int, int], None] | None = None
         """Told (finished, all) episodes while rollouts run; a progress bar sets it."""
 
@@ -234,6 +238,12 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(f"model.optimizer: {error}") from error
         return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
 
+    def on_train_start(self) -> None:
+        """Let random numbers go on where the checkpoint stood; what has been set up since has drawn some."""
+        if self._restored is not None:
+            restore_random_states(self._restored, self.device)
+            self._restored = None
+
     # ---- one step ---------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
@@ -242,6 +252,7 @@ class OnPolicyDistillation(LightningModule):
         Returns:
             What was measured, for callbacks; the same numbers are logged.
         """
+        self._before_step = random_states(self.device)
         seconds: dict[str, float] = {}
         with _timed(seconds, "rollout"):
             trajectories = self.rollout(batch)
@@ -257,9 +268,14 @@ class OnPolicyDistillation(LightningModule):
             keep = self._kept(mask, support)
         with _timed(seconds, "update"):
             totals, gradient_norm = self.update(
-                batch.task, turns, support, keep, groups, done=lambda: self._data.advance(batch)
+                batch.task, turns, support, keep, groups, done=lambda: self._advance(batch)
             )
         return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, seconds)
+
+    def _advance(self, batch: StepBatch) -> None:
+        """A checkpoint from here on resumes after this step; one from before repeats it, with its random numbers."""
+        self._data.advance(batch)
+        self._before_step = None
 
     def _micro_batches(self, turns: list[Turn]) -> list[list[int]]:
         """Sharded weights are gathered by all processes together, so all run equally many."""
@@ -281,7 +297,8 @@ class OnPolicyDistillation(LightningModule):
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
-        self.engine.sync(self.student)
+        with isolate_rng():  # the first time it makes a replica, which draws weights to throw away
+            self.engine.sync(self.student)
         task = self._data.tasks[batch.task]
         episodes = [
             ((self.seed, batch.step, index, sample), task.episode("train", index))
@@ -389,7 +406,8 @@ class OnPolicyDistillation(LightningModule):
             on_progress: Told (finished, all) episodes of this process.
         """
         if player is None:
-            self.engine.sync(self.student)
+            with isolate_rng():
+                self.engine.sync(self.student)
             player = self.player(self.eval_sampling)
         indices = self._data.eval_indices(task)
         played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)
@@ -454,11 +472,20 @@ class OnPolicyDistillation(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the student, so that a checkpoint tells what it continues."""
+        """Name the student, so that a checkpoint tells what it continues, and keep the random states of all processes.
+
+        All processes call it together; a sharded checkpoint keeps what the first one adds.
+        """
         checkpoint["student"] = self.student_name
+        checkpoint["skipped_steps"] = self._skipped
+        states: list[RandomStates] = [self._before_step or random_states(self.device)]
+        if self.trainer.world_size > 1:
+            states *= self.trainer.world_size
+            torch.distributed.all_gather_object(states, states[self.global_rank])
+        checkpoint["random_states"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another student.
+        """Refuse to go on with another student; tell what another number of processes changes.
 
         Raises:
             ConfigurationError: The checkpoint continues a student of another name.
@@ -467,6 +494,15 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 f"The checkpoint is of the student '{checkpoint['student']}', not of '{self.student_name}': set "
                 "model.student to that one, or start without --ckpt_path."
+            )
+        self._skipped = checkpoint.get("skipped_steps", 0)
+        states: list[RandomStates] = checkpoint.get("random_states", [])
+        if len(states) == self.trainer.world_size:
+            self._restored = states[self.global_rank]
+        elif states and self.trainer.training:
+            self.print(
+                f"Going on with {self.trainer.world_size} instead of {len(states)} processes: every step has the same "
+                "problems and rollouts, dealt out anew, so results agree up to rounding; dropout draws other numbers."
             )
 
     def _over_processes(self, value: int, operation: str) -> int:

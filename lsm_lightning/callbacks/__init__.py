@@ -2,6 +2,7 @@
 
 from lsm_lightning.callbacks.checkpoint import Checkpoint
 from lsm_lightning.callbacks.progress import ProgressLine
+from lsm_lightning.callbacks.signals import Stopped, StopSignals
 from lsm_lightning.callbacks.summary import RunSummary
 
-__all__ = ["Checkpoint", "ProgressLine", "RunSummary"]
+__all__ = ["Checkpoint", "ProgressLine", "RunSummary", "StopSignals", "Stopped"]
