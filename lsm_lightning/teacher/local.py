@@ -108,7 +108,7 @@ class LocalTeacher(Teacher):
         sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=added.device)
         parts: list[Support] = []
         order: list[Tensor] = []
-        for group in group_by_length(lengths, self.batch_tokens):
+        for group in group_by_length(lengths, self.batch_tokens) or [[]]:
             batch = TokenBatch.pad(
                 [prompts[i] for i in group], [reading.responses[i] for i in group], self.model.device
             )
@@ -191,7 +191,8 @@ def _position(reading: Reading, group: Sequence[int]) -> Int[Tensor, " n"]:
     """`position` of some turns end to end, counted over all of the group's responses."""
     starts = [places.start for places in spans([len(reading.responses[i]) for i in group])]
     parts = [(reading.position[i], start) for i, start in zip(group, starts, strict=True)]
-    return torch.cat([torch.where(position < 0, -1, position + start) for position, start in parts])
+    moved = [torch.where(position < 0, -1, position + start) for position, start in parts]
+    return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
 
 
 def _joined(parts: list[Support]) -> Support:
