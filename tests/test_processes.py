@@ -10,7 +10,7 @@ import socket
 import traceback
 from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,11 +19,12 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from tiny import save_tiny
 from torch import Tensor, distributed, multiprocessing
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from lsm_lightning import module as module_module
 from lsm_lightning import update as update_module
@@ -38,8 +39,8 @@ from lsm_lightning.tasks.base import Episode, Split, Task
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.types import Completion
 
-WATCHDOG = 60
-"""Seconds in which a process must get on to its next case."""
+WATCHDOG, PATIENCE = 60, 8
+"""Seconds in which a process must get on to its next case; and in which one that cannot has not done so."""
 SHORT, LONG = "Say now", "A shop sold 7 cards on Monday and 5 on Tuesday. How many cards were sold? Say it again"
 COLLECTIVES = (
     *("all_gather", "all_gather_into_tensor", "all_gather_object", "all_reduce", "all_to_all", "barrier", "broadcast"),
@@ -75,7 +76,7 @@ class Uneven(Task):
 
     max_new_tokens = 60
 
-    def __init__(self, turns: int = 3, test_size: int = 1) -> None:
+    def __init__(self, turns: int = 2, test_size: int = 1) -> None:
         self.turns, self.size = turns, test_size
         self.played: list[tuple[Split, int]] = []
 
@@ -91,17 +92,19 @@ class Uneven(Task):
 
 
 class UnevenEngine(LocalEngine):
-    """Writes 4 tokens to a short question and 60 to a long one, one answer at a time: it never ends a turn itself."""
+    """Writes 4 tokens to a short question and 60 to a long one: it never ends a turn itself."""
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
     ) -> list[Completion]:
-        lengths = [max_new_tokens if is_long(request.ids) else 4 for request in requests]
-        one_by_one = zip(requests, lengths, strict=True)
-        return [
-            super(UnevenEngine, self).generate([r], sampling, max_new_tokens=length, turn_end=frozenset())[0]
-            for r, length in one_by_one
-        ]
+        written: dict[int, Completion] = {}
+        for length, long in ((4, False), (max_new_tokens, True)):
+            places = [place for place, request in enumerate(requests) if is_long(request.ids) == long]
+            if places:
+                part = [requests[place] for place in places]
+                answers = super().generate(part, sampling, max_new_tokens=length, turn_end=frozenset())
+                written.update(zip(places, answers, strict=True))
+        return [written[place] for place in range(len(requests))]
 
 
 def is_long(prompt: Sequence[int]) -> bool:
@@ -121,7 +124,7 @@ class Case:
     source: str = "teacher"
     """Of the support; with the student's tokens, it runs before its update too."""
     reduction: str = "token_mean"
-    turns: int = 3
+    turns: int = 2
     """Of the long episodes; 0: they are over before they begin."""
     silent: bool = False
     """Whether nothing of a long episode may be learned from."""
@@ -133,8 +136,7 @@ STEPS = {
     "uneven": Case(),
     "own tokens": Case(student="untied", source="union", reduction="sequence_mean"),
     "nothing kept": Case(silent=True),
-    "no turns": Case(turns=0),
-    "no turns, own tokens": Case(turns=0, source="union", reduction="task_mean"),
+    "no turns": Case(turns=0, source="union", reduction="task_mean"),
 }
 """Of three problems rank 0 plays the first and last, which are short, and rank 1 the second."""
 STRATEGIES = ("ddp", "fsdp2")
@@ -149,19 +151,14 @@ CASES = [
 HANGS = Case(strategy="fsdp2", fault="other numbers of micro-batches")
 
 
-def strategy_of(case: Case, seen: dict[str, Any]) -> Strategy | str:
+def strategy_of(case: Case) -> Strategy | str:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return "auto"
     if case.strategy == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     if case.strategy == "auto":
         return ModelParallelStrategy()
-
-    def hook(_: object, bucket: Any) -> Any:
-        seen["averaged"] += 1
-        return allreduce_hook(None, bucket)
-
-    return DDPStrategy(ddp_comm_hook=hook)
+    return "ddp"
 
 
 @contextmanager
@@ -202,10 +199,18 @@ def made_wrong(fault: str | None) -> Iterator[None]:
 
 
 class Gradients(Callback):
-    """The whole gradient, as the optimiser is about to use it."""
+    """The whole gradient, as the optimiser is about to use it, and how often DDP averaged it."""
 
     def __init__(self, seen: dict[str, Any]) -> None:
         self.seen = seen
+
+    def on_train_start(self, trainer: Trainer, module: Any) -> None:
+        def hook(_: object, bucket: distributed.GradBucket) -> torch.futures.Future[Tensor]:
+            self.seen["averaged"] += 1
+            return allreduce_hook(None, bucket)
+
+        if isinstance(trainer.model, DistributedDataParallel):
+            trainer.model.register_comm_hook(None, hook)
 
     def on_before_optimizer_step(self, trainer: Trainer, module: Any, optimizer: Any) -> None:
         gradients = [parameter.grad for parameter in module.student.parameters()]
@@ -303,12 +308,12 @@ def see(case: Case, models: Path) -> dict[str, Any]:
         engine=UnevenEngine(),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
         reduction=case.reduction,  # type: ignore[arg-type]
-        micro_batch_tokens=200,
+        micro_batch_tokens=120,
         gradient_clip=1e9,
     )
     data = AlternatingTasks(tasks, prompts_per_step=3, samples_per_prompt=2)  # type: ignore[arg-type]
     trainer = Trainer(
-        accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy_of(case, seen),
+        accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy_of(case),
         max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Gradients(seen)],
         **TRAINER_DEFAULTS,
     )  # fmt: skip
@@ -331,9 +336,9 @@ def see(case: Case, models: Path) -> dict[str, Any]:
 def one_of_two(rank: int, cases: list[Case], models: Path, folder: Path, port: int, done: Any) -> None:
     torch.set_num_threads(1)
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": 2, "NODE_RANK": 0, "LOCAL_RANK": rank}
-    os.environ.update({name: str(value) for name, value in where.items()})
     done.put(f"rank {rank} is ready")
     for number, case in enumerate(cases):
+        os.environ.update({name: str(value) for name, value in where.items()})  # a trainer takes some of it away
         try:
             seen = see(case, models)
         except BaseException:
@@ -349,30 +354,34 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def by_two(cases: list[Case], models: Path, folder: Path, watchdog: float = WATCHDOG) -> dict[Case, list[Any]]:
-    """What both processes saw of each case.
+def by_two(cases: list[Case], models: Path, folder: Path) -> tuple[dict[Case, list[Any]], bool]:
+    """What both processes saw of each case but the last; and whether they came to the end of that one.
 
     Raises:
         TimeoutError: One of them did not get on within the watchdog's time.
     """
     context = multiprocessing.get_context("spawn")
-    done = context.Queue()
-    port = free_port()
+    done, port = context.Queue(), free_port()
     processes = [context.Process(target=one_of_two, args=(rank, cases, models, folder, port, done)) for rank in (0, 1)]
     for process in processes:
         process.start()
     said: list[str] = []
     try:
-        for number in range(2 + 2 * len(cases)):
-            said.append(done.get(timeout=WATCHDOG if number < 2 else watchdog))
+        for _ in range(2 * len(cases)):  # as often as they say something before the last case is done
+            said.append(done.get(timeout=WATCHDOG))
             assert "failed" not in said[-1], said[-1]
+        with suppress(queue.Empty):
+            said += [done.get(timeout=PATIENCE), done.get(timeout=PATIENCE)]
     except queue.Empty:
-        raise TimeoutError(f"No process got on for {watchdog} s; at last {said[-2:]}") from None
+        raise TimeoutError(f"No process got on for {WATCHDOG} s; at last {said[-2:]}") from None
     finally:
         for process in processes:
             process.kill()
             process.join()
-    return {case: [torch.load(folder / f"{number}-{rank}.pt") for rank in (0, 1)] for number, case in enumerate(cases)}
+    seen = {
+        case: [torch.load(folder / f"{number}-{rank}.pt") for rank in (0, 1)] for number, case in enumerate(cases[:-1])
+    }
+    return seen, sum("has done" in words for words in said) == 2 * len(cases)
 
 
 @pytest.fixture(scope="module")
@@ -385,8 +394,14 @@ def models(student_tokenizer, teacher_tokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Case, list[dict[str, Any]]]:
-    return by_two(CASES, models, tmp_path_factory.mktemp("two"))
+def seen_by_two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Case, list[Any]], bool]:
+    return by_two([*CASES, HANGS], models, tmp_path_factory.mktemp("two"))
+
+
+@pytest.fixture(scope="module")
+def two(seen_by_two: tuple[dict[Case, list[Any]], bool]) -> dict[Case, list[dict[str, Any]]]:
+    """What each of two processes saw."""
+    return seen_by_two[0]
 
 
 @pytest.fixture(scope="module")
@@ -449,10 +464,10 @@ def test_these_processes_had_very_different_work(two, strategy):
     """Or the laws here would say little."""
     short, long = two[replace(STEPS["uneven"], strategy=strategy)]
     assert short["lengths"] == [4] * 4
-    assert long["lengths"] == [60] * 6
-    assert (short["micro-batches"], long["micro-batches"]) == (1, 6)
+    assert long["lengths"] == [60] * 4
+    assert (short["micro-batches"], long["micro-batches"]) == (1, 4)
     nothing, none = (two[replace(STEPS[name], strategy=strategy)] for name in ("nothing kept", "no turns"))
-    assert nothing[1]["lengths"] == [60] * 6
+    assert nothing[1]["lengths"] == [60] * 4
     assert none[1]["lengths"] == []
 
 
@@ -464,9 +479,9 @@ def test_the_student_runs_equally_often_on_all_processes(two, strategy, name):
     assert short["runs"] == long["runs"] == most * (2 if STEPS[name].source == "union" else 1)
 
 
-def test_processes_that_run_it_in_other_numbers_hang(models, tmp_path):
-    with pytest.raises(TimeoutError):
-        by_two([HANGS], models, tmp_path, watchdog=8)
+def test_processes_that_run_it_in_other_numbers_do_not_come_to_an_end(seen_by_two):
+    _, ended = seen_by_two
+    assert not ended
 
 
 # ---- what is played -------------------------------------------------------------------------------------------------
@@ -527,5 +542,5 @@ def test_ddp_averages_gradients_once_a_step(two, name):
 
 def test_averaging_them_at_every_micro_batch_is_counted_and_gives_the_same(one, two):
     for share in two[Case(fault="averaged every time")]:
-        assert share["averaged"] == 6
+        assert share["averaged"] == 4
         assert difference(share["gradient"], one(STEPS["uneven"])["gradient"]) < 1e-6
