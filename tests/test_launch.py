@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -92,12 +91,15 @@ def by_torchrun_on_two_nodes(arguments: list[str], folder: Path) -> None:
     finish([[*TORCHRUN, *meeting, f"--node-rank={node}", *training] for node in (0, 1)], folder)
 
 
-def by_slurm_on_two_nodes(arguments: list[str], folder: Path) -> None:
-    srun = folder / "bin" / "srun"
-    srun.parent.mkdir()
-    srun.write_text(FAKE_SRUN.format(python=sys.executable))
-    srun.chmod(srun.stat().st_mode | stat.S_IEXEC)
-    job = {
+def slurm(folder: Path, python: str = "") -> dict[str, str]:
+    """The environment of a job on two nodes with a task each, with our `srun`, and a `python` that is another one."""
+    programs = folder / "bin"
+    programs.mkdir()
+    for name, text in (("srun", FAKE_SRUN.format(python=sys.executable)), ("python", python)):
+        if text:
+            (programs / name).write_text(text)
+            (programs / name).chmod(0o755)
+    return {
         "SLURM_JOB_ID": str(free_port(21_000) - 15_000),  # the port where they meet follows from it
         "SLURM_JOB_NAME": "lsm",
         "SLURM_JOB_NUM_NODES": "2",
@@ -106,9 +108,12 @@ def by_slurm_on_two_nodes(arguments: list[str], folder: Path) -> None:
         "SLURM_NTASKS": "2",
         "SLURM_NTASKS_PER_NODE": "1",
         "SLURM_CPUS_PER_TASK": "1",
-        "PATH": os.pathsep.join([str(srun.parent), str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "PATH": os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]]),
     }
-    finish([["bash", str(SBATCH), *arguments[1:]]], folder, **job)  # the script says `fit` itself
+
+
+def by_slurm_on_two_nodes(arguments: list[str], folder: Path) -> None:
+    finish([["bash", str(SBATCH), *arguments[1:]]], folder, **slurm(folder))  # the script says `fit` itself
 
 
 Launch = Callable[[list[str], Path], None]
@@ -261,6 +266,18 @@ def test_the_script_is_bash_and_asks_slurm_for_a_process_a_gpu():
     assert not any("#SBATCH" in line for line in lines[first_command:])  # sbatch would not read them
 
 
-def test_a_failing_task_fails_the_job(tmp_path):
-    with pytest.raises(AssertionError, match="There is no model folder"):
-        by_slurm_on_two_nodes(["fit", "--config", str(ROOT / "configs/math.yaml"), "--model.student=./none"], tmp_path)
+def job(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **slurm(folder, python), "SLURM_CPUS_PER_TASK": "5"}
+    command = ["bash", SBATCH, "--config", "my run.yaml"]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=WATCHDOG)
+
+
+def test_every_task_is_told_what_it_needs(tmp_path):
+    told = job(tmp_path, '#!/bin/sh\nprintf "%s|" "$OMP_NUM_THREADS" "$SLURM_PROCID" "$@"; echo\n')
+    assert told.returncode == 0, told.stderr
+    says = "-m|lsm_lightning|fit|--config|my run.yaml|--trainer.num_nodes|2|--trainer.devices|1|--ckpt_path|auto|"
+    assert sorted(told.stdout.splitlines()) == [f"5|0|{says}", f"5|1|{says}"]
+
+
+def test_a_task_that_fails_fails_the_job(tmp_path):
+    assert job(tmp_path, '#!/bin/sh\nexit "$SLURM_PROCID"\n').returncode == 1
