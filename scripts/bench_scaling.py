@@ -12,7 +12,8 @@
    sequence. The model is made on the spot, with random weights and a context of 8,192.
 
 Writes runs/bench_scaling.json. Compare inside a table, not across machines: other processes on the machine slow
-everything down, most of all two processes on two cores. So each row tells how many cores others kept busy meanwhile.
+everything down, most of all two processes on two cores. So each row tells how many cores others kept busy meanwhile
+(`busy`; for two processes, the other one of them included).
 """
 
 import argparse
@@ -56,7 +57,7 @@ from lsm_lightning.types import Completion, Prompt, Support, Turn
 from lsm_lightning.update import accumulate_gradients, micro_batches
 
 K = 32
-WARM_UP = 2
+WARM_UP = 1
 """Steps that are not measured."""
 PHASES = ("rollout", "support", "teacher", "mask", "update")
 BETWEEN = "between"
@@ -185,7 +186,7 @@ class Steps(Callback):
 
 
 def run_case(case: Case, processes: int, watch: Stopwatch) -> dict[str, Any]:
-    """Train some steps on this process's share; the median of each number."""
+    """Train some steps on this process's share; the numbers of the step that took the median time."""
     strategy: Strategy | str = "auto" if processes == 1 else "ddp"
     if case.strategy == "FSDP2":
         strategy = ModelParallelStrategy(data_parallel_size=processes, tensor_parallel_size=1)
@@ -203,8 +204,8 @@ def run_case(case: Case, processes: int, watch: Stopwatch) -> dict[str, Any]:
         accelerator="cpu", devices=processes, strategy=strategy, max_steps=WARM_UP + case.steps, callbacks=[steps],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, **TRAINER_DEFAULTS,
     ).fit(module, data)  # fmt: skip
-    names = {name for step in steps.steps for name in step}
-    return {name: statistics.median(step.get(name, 0.0) for step in steps.steps[WARM_UP:]) for name in names}
+    measured = sorted(steps.steps[WARM_UP:], key=lambda step: step["all"])
+    return measured[len(measured) // 2]
 
 
 def run_cases(rank: int, cases: list[Case], processes: int, port: int, folder: Path) -> None:
@@ -227,12 +228,12 @@ def run_cases(rank: int, cases: list[Case], processes: int, port: int, folder: P
 def bench_processes(quick: bool, folder: Path) -> list[dict[str, Any]]:
     """Every case on one process, then on two."""
     made = str(make_model(folder / "made", width=256 if quick else 512, layers=4 if quick else 8))
-    steps = 4 if quick else 10
+    steps, prompts = (3, 16) if quick else (9, 64)
     math_cases = [
-        {"task": "math", "label": label, "student": student, "prompts": 32, "steps": steps}
-        for label, student in (("embedded, 0.7 M", "embedded:student"), ("made", made))
+        {"task": "math", "label": label, "student": student, "prompts": prompts, "steps": steps}
+        for label, student in (("embedded", "embedded:student"), ("made", made))
     ]
-    game = {"task": "alfworld", "label": "embedded, 0.7 M", "student": "embedded:student", "prompts": 4, "steps": steps}
+    game = {"task": "alfworld", "label": "embedded", "student": "embedded:student", "prompts": 2, "steps": steps}
     cases = {
         1: [Case(**case, strategy="-") for case in (*math_cases, game)],
         2: [Case(**case, strategy=strategy) for case in math_cases for strategy in ("DDP", "FSDP2")],
@@ -263,7 +264,7 @@ def compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "faster": one["all"] / result["all"],
                 **{name: result.get(f"{name}/all", 0.0) for name in ("rollout", "teacher", "update")},
                 "replica": result.get("rollout/replica", 0.0),
-                "busy elsewhere": result["busy_elsewhere"],
+                "busy": result["busy_elsewhere"],
             }
         )
     return rows
@@ -283,14 +284,15 @@ def outside(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
             rest[phase] -= result.get(f"{phase}/model", 0.0) + result.get(f"{phase}/environment", 0.0)
         rows.append(
             {
-                "task": f"{result['task']}, {result['label']}",
+                "task": result["task"],
+                "student": result["label"],
                 "processes": f"{result['processes']} {result['strategy']}",
-                "ms/step": 1000 * result["all"],
+                "all": 1000 * result["all"],
                 "model": 1000 * spent["model"],
                 "environment": 1000 * spent["environment"],
                 "outside": 1000 * sum(rest.values()),
-                "outside %": 100 * sum(rest.values()) / result["all"],
-                **{f"in {phase}": 1000 * seconds for phase, seconds in rest.items() if phase != "support"},
+                "%": 100 * sum(rest.values()) / result["all"],
+                **{phase: 1000 * seconds for phase, seconds in rest.items() if phase != "support"},
             }
         )
     return rows
@@ -343,16 +345,16 @@ def timed(run: Callable[[], Any], times: int) -> dict[str, float]:
     """Seconds of the best run, and the cores that other processes used meanwhile."""
     started, others = time.perf_counter(), busy_elsewhere()
     seconds = best(run, times)
-    return {"seconds": seconds, "busy elsewhere": (busy_elsewhere() - others) / (time.perf_counter() - started)}
+    return {"seconds": seconds, "busy": (busy_elsewhere() - others) / (time.perf_counter() - started)}
 
 
 def bench_micro_batches(student: PreTrainedModel, times: int) -> list[dict[str, Any]]:
-    """One step of 64 turns of 64 to 512 tokens, cut otherwise."""
+    """One step of 32 turns of 64 to 512 tokens, cut otherwise."""
     vocabulary = OutputHead.of(student).weight.shape[0]
-    turns = [turn for length in (64, 128, 256, 512) for turn in made_up_turns(16, length, vocabulary)]
+    turns = [turn for length in (64, 128, 256, 512) for turn in made_up_turns(8, length, vocabulary)]
     tokens = sum(len(turn.prompt.ids) + len(turn.completion.ids) for turn in turns)
     update, rows = Update(student, turns), []
-    for size in (512, 1024, 2048, 4096, 8192, 16_384):
+    for size in (512, 1024, 2048, 4096, 8192):
         update(size)
         memory = Memory("cpu")
         memory.start()
@@ -373,9 +375,9 @@ def works(student: PreTrainedModel, teacher: LocalTeacher, turns: list[Turn]) ->
 
 
 def bench_tokens(student: PreTrainedModel, teacher: LocalTeacher, times: int) -> list[dict[str, Any]]:
-    """Seconds of update and scoring at one length, for 1,024 to 16,384 tokens."""
+    """Seconds of update and scoring at one length, for 512 to 8,192 tokens."""
     vocabulary, rows = OutputHead.of(student).weight.shape[0], []
-    for number in (2, 4, 8, 16, 32):
+    for number in (1, 2, 4, 8, 16):
         parts = works(student, teacher, made_up_turns(number, 512, vocabulary))
         rows += [{"part": part, "tokens": 512 * number} | timed(run, times) for part, run in parts.items()]
     return rows
@@ -436,6 +438,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/bench_scaling.json"))
     arguments = parser.parse_args()
     quick = arguments.quick
+    os.environ.setdefault("COLUMNS", "120")  # of the tables, where the output is no terminal
     torch.set_num_threads(1)
     times = 1 if quick else 3
     results: dict[str, Any] = {"quick": quick}
