@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -329,8 +329,10 @@ class OnPolicyDistillation(LightningModule):
         def backward(loss: Tensor) -> None:
             nonlocal left
             left -= 1
-            apart = isinstance(strategy, ParallelStrategy) and left > 0
-            with strategy.block_backward_sync() if apart else nullcontext():
+            if left > 0 and isinstance(strategy, ParallelStrategy):
+                with strategy.block_backward_sync():
+                    self.manual_backward(loss)
+            else:
                 self.manual_backward(loss)
 
         return backward
