@@ -15,7 +15,10 @@ from lsm_lightning.types import Turn
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TokenBatch:
-    """Sequences (prompt, then response) and where their N response tokens are predicted."""
+    """Sequences (prompt, then response) and where their N response tokens are predicted.
+
+    A batch of no sequences holds one token, so that a model can run on it, and predicts nothing.
+    """
 
     ids: Int[Tensor, "b t"]
     """One sequence a row, padded on the right with token 0; or all of them in one row, one after the other."""
@@ -35,7 +38,7 @@ class TokenBatch:
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
     ) -> "TokenBatch":
         """Pad sequences to a common length; each prompt has at least one token."""
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        rows = _rows(prompts, responses)
         width = max(len(row) for row in rows)
         sequence, column = _places(prompts, responses, device)
         return cls(
@@ -52,7 +55,7 @@ class TokenBatch:
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
     ) -> "TokenBatch":
         """Lay sequences one after the other, without padding; each prompt has at least one token."""
-        rows = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
+        rows = _rows(prompts, responses)
         starts = torch.tensor([places.start for places in spans([len(row) for row in rows])], device=device)
         sequence, column = _places(prompts, responses, device)
         return cls(
@@ -77,6 +80,10 @@ def padded_responses(turns: Sequence[Turn]) -> tuple[NDArray[np.int64], NDArray[
 def rows_of(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
     """Where the positions of some turns lie among those of all turns, whose `spans` are given."""
     return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)
+
+
+def _rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:
+    return [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)] or [[0]]
 
 
 def _places(

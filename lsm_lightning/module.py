@@ -13,6 +13,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities.seed import isolate_rng
 from peft import LoraConfig
 from torch import Tensor
@@ -155,7 +156,8 @@ class OnPolicyDistillation(LightningModule):
         """Check, before anything heavy is loaded, that tasks and teachers match and that the models can be found.
 
         Raises:
-            ConfigurationError: A task has no teacher, a teacher no task, or a model or tokenizer is not usable.
+            ConfigurationError: A task has no teacher, a teacher no task, a model or tokenizer is not usable, or the
+                strategy splits the student in a way that is not done here.
         """
         tasks = self._data.tasks
         if missing := sorted(tasks.keys() - self.teachers.keys()):
@@ -169,6 +171,13 @@ class OnPolicyDistillation(LightningModule):
         if self.trainer.precision == "16-mixed":
             raise ConfigurationError(
                 "precision=16-mixed scales gradients before they are clipped here: use bf16-mixed or 32-true."
+            )
+        if self.device_mesh is not None and (split := self.device_mesh["tensor_parallel"].size()) > 1:
+            # Nothing would fail: the members of such a group would each train a student of their own.
+            raise ConfigurationError(
+                f"trainer.strategy: tensor_parallel_size={split} ('auto' takes all devices of a node), but the student "
+                f"can only be sharded by data parallelism: set data_parallel_size={self.trainer.world_size} and "
+                "tensor_parallel_size=1."
             )
         check_model(self.student_name)
         for teacher in self.teachers.values():
@@ -280,7 +289,8 @@ class OnPolicyDistillation(LightningModule):
     def _micro_batches(self, turns: list[Turn]) -> list[list[int]]:
         """Sharded weights are gathered by all processes together, so all run equally many."""
         groups = micro_batches(turns, self.micro_batch_tokens, packed=self.packing)
-        return groups + [[]] * (self._over_processes(len(groups), "max") - len(groups))
+        most = int(self._over_processes(torch.tensor(len(groups)), "max"))
+        return groups + [[]] * (most - len(groups))
 
     def _added_tokens(self, turns: list[Turn], groups: list[list[int]]) -> Int[Tensor, "n c"]:
         """Student ids that the objective compares besides the teacher's top tokens."""
@@ -336,15 +346,15 @@ class OnPolicyDistillation(LightningModule):
         """
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        kept = self._over_processes(int(keep.sum()), "sum")
+        weights, kept = self._weights(task, turns, keep)
         totals = accumulate_gradients(
             self.student,
             self.objective,
             turns,
             support,
-            self._weights(task, turns, keep),
+            weights,
             groups=groups,
-            backward=self.manual_backward,
+            backward=self._backward(len(groups)),
             scale=self.trainer.world_size,  # gradients are averaged over processes
             packed=self.packing,
         )
@@ -372,18 +382,46 @@ class OnPolicyDistillation(LightningModule):
         optimizer.zero_grad()
         return totals, float(norm)
 
-    def _weights(self, task: str, turns: list[Turn], keep: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    def _backward(self, times: int) -> Callable[[Tensor], None]:
+        """For so many micro-batches: DDP averages gradients over processes at the last one only.
+
+        FSDP2 goes on doing it at each, or every process would hold the gradient of the whole student in between.
+        """
+        strategy, left = self.trainer.strategy, times
+
+        def backward(loss: Tensor) -> None:
+            nonlocal left
+            left -= 1
+            if left > 0 and isinstance(strategy, ParallelStrategy):
+                with strategy.block_backward_sync():
+                    self.manual_backward(loss)
+            else:
+                self.manual_backward(loss)
+
+        return backward
+
+    def _weights(self, task: str, turns: list[Turn], keep: Bool[Tensor, " n"]) -> tuple[Float[Tensor, " n"], int]:
+        """The weight of each position, and how many are kept over all processes; summed up in one go."""
         tasks = sorted(self._data.tasks)
-        lengths = torch.tensor([len(turn.completion.ids) for turn in turns], device=self.device)
+        lengths = torch.tensor([len(turn.completion.ids) for turn in turns], dtype=torch.long, device=self.device)
         turn = torch.arange(len(turns), device=self.device).repeat_interleave(lengths)
-        return position_weights(
+        kept = 0
+
+        def total(counts: Tensor) -> Tensor:
+            nonlocal kept
+            summed = self._total(torch.cat((counts.flatten(), keep.sum().to(counts.dtype).reshape(1))))
+            kept = int(summed[-1])
+            return summed[:-1].reshape(counts.shape)
+
+        weights = position_weights(
             self.reduction,
             keep,
             turn=turn,
             task=torch.full_like(turn, tasks.index(task)),
             tasks=len(tasks),
-            total=lambda values: self.trainer.strategy.reduce(values, reduce_op="sum"),
+            total=total,
         )
+        return weights, kept
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
@@ -449,7 +487,7 @@ class OnPolicyDistillation(LightningModule):
             **{f"mask/{reason.lower()}": (count, tokens) for reason, count in mask.reasons.items()},
             **{f"seconds/{name}": (value, 1) for name, value in seconds.items()},
         }
-        metrics = {f"{task}/{name}": value for name, value in global_means(sums, self.device).items()}
+        metrics = {f"{task}/{name}": value for name, value in global_means(sums, self._total).items()}
         metrics[f"{task}/train/gradient_norm"] = gradient_norm
         metrics["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(metrics, batch_size=1, logger=False)
@@ -505,10 +543,14 @@ class OnPolicyDistillation(LightningModule):
                 "problems and rollouts, dealt out anew, so results agree up to rounding; dropout draws other numbers."
             )
 
-    def _over_processes(self, value: int, operation: str) -> int:
+    def _total(self, values: Tensor) -> Tensor:
+        """Summed over all processes, which call it together."""
+        return self._over_processes(values, "sum")
+
+    def _over_processes(self, values: Tensor, operation: str) -> Tensor:
         if self.trainer.world_size == 1:
-            return value
-        return int(self.trainer.strategy.reduce(torch.tensor(value, device=self.device), reduce_op=operation))
+            return values
+        return self.trainer.strategy.reduce(values.to(self.device), reduce_op=operation)
 
     @property
     def _data(self) -> AlternatingTasks:

@@ -165,7 +165,8 @@ def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
         for messages in conversations
     ]
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    # A tokenizer cannot encode no texts at all.
+    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
     return ids
 
 

@@ -55,7 +55,7 @@ def accumulate_gradients(
         support: The teacher's answer at the turns' response positions, laid end to end.
         weights: Of those positions (`reductions.position_weights`); 0 leaves one out.
         groups: Micro-batches, as numbers of turns. A process with fewer than the others appends empty ones, which
-            run the student all the same (sharded weights are gathered by all processes together).
+            run the student on one token all the same (sharded weights are gathered by all processes together).
         backward: Called once for each micro-batch.
         scale: The number of processes, where gradients are averaged over them.
         packed: Lay the sequences of a micro-batch in one row, without padding.
@@ -64,12 +64,11 @@ def accumulate_gradients(
     watched = torch.arange(len(weights), device=weights.device) % max(1, len(weights) // WATCHED_POSITIONS) == 0
     totals = StepTotals()
     for group in groups:
-        members = group or [0]
-        batch = _batch(turns, members, packed, student.device)
-        rows = rows_of(places, members, student.device)
+        batch = _batch(turns, group, packed, student.device)
+        rows = rows_of(places, group, student.device)
         # Masked positions are left out before anything is computed: they may hold infinities.
-        kept = weights[rows] > 0 if group else torch.zeros_like(rows, dtype=torch.bool)
-        sampler = [value for i in members for value in turns[i].completion.log_probs]
+        kept = weights[rows] > 0
+        sampler = [value for i in group for value in turns[i].completion.log_probs]
         positions = Positions(
             hidden=hidden_states(student, batch)[kept],
             sampled=batch.targets[kept],
@@ -106,9 +105,8 @@ def student_top_tokens(
     places = spans([len(turn.completion.ids) for turn in turns])
     top = torch.zeros((sum(map(len, places)), k), dtype=torch.long, device=student.device)
     for group in groups:
-        members = group or [0]
-        rows = rows_of(places, members, student.device)
-        hidden = hidden_states(student, _batch(turns, members, packed, student.device))
+        rows = rows_of(places, group, student.device)
+        hidden = hidden_states(student, _batch(turns, group, packed, student.device))
         head = OutputHead.of(student)
         chunk = max(1, NORMALISER_ELEMENTS // head.weight.shape[0])
         for part, places_of_part in zip(hidden.split(chunk), rows.split(chunk), strict=True):
@@ -116,6 +114,6 @@ def student_top_tokens(
     return top
 
 
-def _batch(turns: Sequence[Turn], members: Sequence[int], packed: bool, device: torch.device) -> TokenBatch:
+def _batch(turns: Sequence[Turn], group: Sequence[int], packed: bool, device: torch.device) -> TokenBatch:
     lay = TokenBatch.pack if packed else TokenBatch.pad
-    return lay([turns[i].prompt.ids for i in members], [turns[i].completion.ids for i in members], device)
+    return lay([turns[i].prompt.ids for i in group], [turns[i].completion.ids for i in group], device)

@@ -1,20 +1,13 @@
 """Real runs of a few steps: what training, stopping, going on and sharing out the work must not change."""
 
-import csv
-import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -26,7 +19,7 @@ from torch import Tensor
 from lsm_lightning import module as module_module
 from lsm_lightning import update as update_module
 from lsm_lightning.batching import TokenBatch
-from lsm_lightning.cli import TRAINER_DEFAULTS, main
+from lsm_lightning.cli import TRAINER_DEFAULTS
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, SampledToken
@@ -35,7 +28,6 @@ from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.types import Support
 
-ROOT = Path(__file__).parent.parent
 pytestmark = [
     # Lightning's advice on loaders and checkpoints, which the command line leaves out too (`cli._quieten`).
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -418,140 +410,3 @@ def test_validation_measures_every_task(prepare):
     assert scores["echo/eval/n"] == 3
     for task in ("sums", "echo"):
         assert 0 <= scores[f"{task}/eval/low"] <= scores[f"{task}/eval/value"] <= scores[f"{task}/eval/high"] <= 1
-
-
-# ---- more than one process ------------------------------------------------------------------------------------------
-
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "one process": {"devices": 1},
-    "two processes": {"devices": 2, "strategy": "ddp"},
-    "two shards": {
-        "devices": 2,
-        "strategy": {
-            "class_path": "lightning.pytorch.strategies.ModelParallelStrategy",
-            "init_args": {
-                "data_parallel_size": 2, "tensor_parallel_size": 1, "save_distributed_checkpoint": False,
-                "process_group_backend": "gloo",
-            },
-        },
-    },
-}  # fmt: skip
-
-
-def arguments_of(folder: Path, student: Path, teacher: Path, strategy: dict[str, Any], reduction: str) -> list[str]:
-    """A run of two steps from the command line, on an odd number of problems."""
-    local = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher)}}
-    settings = {
-        "model": {
-            "student": str(student),
-            "teachers": {"sums": local, "echo": local},
-            "objective": {"class_path": "lsm_lightning.objectives.LocalSupportMatching", "init_args": {"k": 8}},
-            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}},
-            "micro_batch_tokens": 100,
-            "reduction": reduction,
-        },
-        "data": {
-            "tasks": {
-                "sums": {
-                    "class_path": "lsm_lightning.tasks.math.AdditionProblems",
-                    "init_args": {"digits": 1, "max_new_tokens": 8, "test_size": 3},
-                },
-                "echo": {"class_path": "scripted.EchoGames", "init_args": {"test_size": 3}},
-            },
-            "prompts_per_step": 5,
-            "samples_per_prompt": 1,
-        },
-        "trainer": {
-            "max_steps": 2,
-            "accelerator": "cpu",
-            "default_root_dir": str(folder),
-            "logger": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": str(folder)}},
-            **strategy,
-        },
-        "summary": {"evaluate": False},
-        "checkpoint": {"dirpath": str(folder)},
-    }
-    folder.mkdir()
-    (folder / "settings.yaml").write_text(yaml.safe_dump(settings))
-    return ["fit", "--config", str(folder / "settings.yaml")]
-
-
-Finish = Callable[[str, str], Path]
-
-
-@pytest.fixture(scope="module")
-def finished(student_folder: Path, teacher_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Finish:
-    """The folder of a run by the name of its strategy, and its reduction."""
-    root = tmp_path_factory.mktemp("processes")
-
-    @cache
-    def finish(name: str, reduction: str) -> Path:
-        folder = root / f"{name}-{reduction}".replace(" ", "-")
-        arguments = arguments_of(folder, student_folder, teacher_folder, STRATEGIES[name], reduction)
-        if STRATEGIES[name]["devices"] == 1:
-            finish_here(arguments)
-        else:
-            finish_apart(arguments, folder)
-        return folder
-
-    return finish
-
-
-def finish_here(arguments: list[str]) -> None:
-    """In this process, which has loaded everything."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["lsm-lightning", *arguments])
-        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):  # seeding leaves traces in the environment
-            patch.setenv(name, "0")
-        assert main() == 0
-
-
-def finish_apart(arguments: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "lsm_lightning", *arguments]
-    output = folder / "output.txt"
-    with output.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=file, cwd=folder, env=environment, process_group=0)
-    try:
-        assert process.wait(timeout=120) == 0, output.read_text()[-3000:]
-    finally:  # a second process that lost the first would wait for it for long
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-
-
-def weights_in(folder: Path) -> dict[str, Tensor]:
-    return torch.load(folder / "last.ckpt", weights_only=False)["state_dict"]
-
-
-def logged(folder: Path) -> dict[str, float]:
-    """The last value of every number that has nothing to do with time."""
-    values: dict[str, float] = {}
-    for path in folder.rglob("metrics.csv"):
-        for row in csv.DictReader(path.read_text().splitlines()):
-            values |= {name: float(value) for name, value in row.items() if value and "/seconds/" not in name}
-    return {name: value for name, value in values.items() if name not in ("epoch", "step")}
-
-
-several = pytest.mark.parametrize(
-    ("strategy", "reduction"),
-    [("two processes", "token_mean"), ("two shards", "sequence_mean")],
-)
-
-
-@several
-def test_several_processes_learn_what_one_learns(finished, student, strategy, reduction):
-    one = weights_in(finished("one process", reduction))
-    assert largest_change(one, weights_in(finished(strategy, reduction))) < 1e-5
-    start = {f"student.{name}": value.float() for name, value in student.state_dict().items()}
-    assert largest_change(one, start) > 1e-3  # there was something to learn
-
-
-@several
-def test_several_processes_tell_what_one_tells(finished, strategy, reduction):
-    alone = logged(finished("one process", reduction))
-    assert logged(finished(strategy, reduction)) == pytest.approx(alone, rel=1e-4, abs=1e-6)
-
-
-def test_the_reductions_of_these_runs_differ(finished):
-    token, sequence = (weights_in(finished("one process", by)) for by in ("token_mean", "sequence_mean"))
-    assert largest_change(token, sequence) > 1e-4

@@ -1,4 +1,4 @@
-"""What people watch, as torchmetrics."""
+"""What people watch, over all processes."""
 
 from lsm_lightning.metrics.means import global_means
 from lsm_lightning.metrics.success import SuccessRate

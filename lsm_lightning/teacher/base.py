@@ -57,7 +57,7 @@ class Teacher(ABC):
         """The teacher's top tokens at each response position of the turns, laid end to end.
 
         Args:
-            turns: What the student wrote.
+            turns: What the student wrote; a process whose episodes were over before they began has none.
             added: Ids of the student's vocabulary whose log-probs are wanted as well; those that are among the top
                 tokens already are no members a second time.
         """

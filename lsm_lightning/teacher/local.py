@@ -144,17 +144,13 @@ class LocalTeacher(Teacher):
         order: list[Tensor] = []
         self._move(self.device)
         head = OutputHead.of(self.model)
-        groups = group_by_length(lengths, self.batch_tokens)
-        idle = self._most(len(groups)) - len(groups)
-        for group in groups:
+        for group in self._batches(lengths):
             batch = TokenBatch.pad([prompts[i] for i in group], [reading.responses[i] for i in group], self.device)
             rows = rows_of(places, group, added.device)
             with torch.autocast(self.device.type, enabled=False):  # its own dtype decides
                 position = _position(reading, group).to(self.device)
                 parts.extend(self._answers(head, batch, position, sampled[rows], added[rows]))
             order.append(rows)
-        for _ in range(idle):
-            hidden_states(self.model, TokenBatch.pad([[0]], [[0]], self.device))
         self._rest()
         support = _joined(parts).rows(torch.cat(order).argsort())
         if bool((support.log_probs.isnan().any() | support.sampled.isnan().any()).item()):
@@ -164,13 +160,14 @@ class LocalTeacher(Teacher):
             )
         return support
 
-    def _most(self, batches: int) -> int:
+    def _batches(self, lengths: Sequence[int]) -> list[list[int]]:
         """Layers of a sharded teacher are gathered by all processes together, so all run equally many batches."""
-        if not self.across:
-            return batches
-        most = torch.tensor(batches, device=self.device)
-        distributed.all_reduce(most, distributed.ReduceOp.MAX)
-        return int(most)
+        groups = group_by_length(lengths, self.batch_tokens) or [[]]
+        if self.across:
+            most = torch.tensor(len(groups), device=self.device)
+            distributed.all_reduce(most, distributed.ReduceOp.MAX)
+            groups += [[]] * (int(most) - len(groups))
+        return groups
 
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
@@ -242,7 +239,8 @@ def _position(reading: Reading, group: Sequence[int]) -> Int[Tensor, " n"]:
     """`position` of some turns end to end, counted over all of the group's responses."""
     starts = [places.start for places in spans([len(reading.responses[i]) for i in group])]
     parts = [(reading.position[i], start) for i, start in zip(group, starts, strict=True)]
-    return torch.cat([torch.where(position < 0, -1, position + start) for position, start in parts])
+    moved = [torch.where(position < 0, -1, position + start) for position, start in parts]
+    return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
 
 
 def _joined(parts: list[Support]) -> Support:
