@@ -11,10 +11,10 @@
 5. Cost a token against length at one number of tokens: a + b * length, where b is attention, which is quadratic in a
    sequence. The model is made on the spot, with random weights and a context of 8,192.
 
-Writes runs/bench_scaling.json. Compare inside a table, not across machines: other processes on the machine slow
-everything down, most of all two processes on two cores. So rows tell how many cores others kept busy meanwhile (`busy`;
-for two processes, the other one of them included), and the seconds that the (first) process's own core worked (`core
-s`), which say what a machine of one's own would take. Fits and ratios of 3 to 5 are made of these.
+Writes runs/bench_scaling.json. Compare inside a table, not across machines. Other processes on the machine slow
+everything down, most of all two processes on two cores: `busy` is how many cores they kept from ours (of two processes
+the other is one of them), and `core s` the seconds that the first process's own core worked, which is what a machine of
+one's own would take. Fits, and the ratios of 3 to 5, are made of the latter.
 """
 
 import argparse
