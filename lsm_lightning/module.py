@@ -42,7 +42,14 @@ from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.sharding import load_sharded
-from lsm_lightning.student import adapt, checkpoint_activations, compile_layers, freeze, plain_state_dict
+from lsm_lightning.student import (
+    adapt,
+    checkpoint_activations,
+    compile_layers,
+    freeze,
+    is_adapters,
+    plain_state_dict,
+)
 from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
@@ -138,6 +145,7 @@ class OnPolicyDistillation(LightningModule):
                 "model.quantization: quantised weights cannot be trained; add adapters with model.lora, or remove it."
             )
         self.lora = lora
+        self.strict_loading = lora is None  # checkpoints hold the adapters only, see `on_save_checkpoint`
         self.quantization = quantization
         self.freeze_patterns = freeze
         self.activation_checkpointing = activation_checkpointing
@@ -512,9 +520,12 @@ class OnPolicyDistillation(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues, and keep the random states of all processes.
 
+        Frozen weights under adapters are left out, unless they are sharded: they are those of the base student.
         All processes call it together; a sharded checkpoint keeps what the first one adds.
         """
         checkpoint["student"] = self.student_name
+        if self._keeps_adapters_only:
+            checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if is_adapters(n)}
         checkpoint["skipped_steps"] = self._skipped
         states: list[RandomStates] = [self._before_step or random_states(self.device)]
         if self.trainer.world_size > 1:
@@ -526,13 +537,20 @@ class OnPolicyDistillation(LightningModule):
         """Refuse to go on with another student; tell what another number of processes changes.
 
         Raises:
-            ConfigurationError: The checkpoint continues a student of another name.
+            ConfigurationError: The checkpoint continues a student of another name, or with other adapters.
         """
         if checkpoint.get("student", self.student_name) != self.student_name:
             raise ConfigurationError(
                 f"The checkpoint is of the student '{checkpoint['student']}', not of '{self.student_name}': set "
                 "model.student to that one, or start without --ckpt_path."
             )
+        if self._keeps_adapters_only:
+            expected = {name for name in self.state_dict() if is_adapters(name)}
+            if wrong := sorted(expected ^ checkpoint["state_dict"].keys()):
+                raise ConfigurationError(
+                    f"The checkpoint and model.lora do not agree about adapters, the first being {wrong[0]}: give the "
+                    "settings that it was trained with, or start without --ckpt_path."
+                )
         self._skipped = checkpoint.get("skipped_steps", 0)
         states: list[RandomStates] = checkpoint.get("random_states", [])
         if len(states) == self.trainer.world_size:
@@ -542,6 +560,10 @@ class OnPolicyDistillation(LightningModule):
                 f"Going on with {self.trainer.world_size} instead of {len(states)} processes: every step has the same "
                 "problems and rollouts, dealt out anew, so results agree up to rounding; dropout draws other numbers."
             )
+
+    @property
+    def _keeps_adapters_only(self) -> bool:
+        return self.lora is not None and self.device_mesh is None
 
     def _total(self, values: Tensor) -> Tensor:
         """Summed over all processes, which call it together."""

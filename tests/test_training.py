@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from peft import LoraConfig
 from scripted import EchoGames
 from slow import all_response_logits, sampled_ids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -21,6 +22,7 @@ from lsm_lightning import update as update_module
 from lsm_lightning.batching import TokenBatch
 from lsm_lightning.cli import TRAINER_DEFAULTS
 from lsm_lightning.datamodule import AlternatingTasks
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, SampledToken
 from lsm_lightning.rollout import LocalEngine, Sampling
@@ -314,6 +316,30 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(prepare, uninterrupt
     prepare(done, "first").fit()
     resumed = prepare(4, "first").fit(checkpoint_of(tmp_path, "first"))
     assert_same_from(resumed, uninterrupted, done)
+
+
+def adapters(*targets: str) -> LoraConfig:
+    """With dropout, whose random numbers must go on too."""
+    return LoraConfig(r=2, target_modules=[*targets], lora_dropout=0.3)
+
+
+def test_a_resumed_run_of_adapters_is_the_uninterrupted_one_bit_for_bit(prepare, tmp_path):
+    whole = prepare(4, "whole", lora=adapters("q_proj")).fit()
+    prepare(2, "first", lora=adapters("q_proj")).fit()
+    saved = torch.load(checkpoint_of(tmp_path, "first"), weights_only=False)["state_dict"]
+    assert saved
+    assert all("lora_" in name for name in saved)
+    resumed = prepare(4, "first", lora=adapters("q_proj")).fit(checkpoint_of(tmp_path, "first"))
+    assert_same_from(resumed, whole, 2)
+    other = prepare(4, "other", lora=adapters("q_proj"), seed=1).fit()
+    with pytest.raises(AssertionError):
+        assert_identical(other.weights, whole.weights)
+
+
+def test_a_checkpoint_of_other_adapters_is_refused(prepare, tmp_path):
+    prepare(1, "first", lora=adapters("q_proj")).fit()
+    with pytest.raises(ConfigurationError, match="do not agree about adapters"):
+        prepare(2, "first", lora=adapters("q_proj", "v_proj")).fit(checkpoint_of(tmp_path, "first"))
 
 
 def interrupt_at(run: Run, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
