@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from argparse import RawTextHelpFormatter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -28,7 +29,9 @@ from lsm_lightning import checkpoints
 from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary, Stopped, StopSignals
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
+from lsm_lightning.export import export
 from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.pretrained import DType
 
 
 class Parser(LightningArgumentParser):
@@ -180,6 +183,22 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+EXPORT = """\
+Write the trained student of a run as a folder in transformers format.
+
+AutoModelForCausalLM.from_pretrained and vLLM load it. It holds the weights bit for bit, the tokenizer with the run's
+chat template, the run's sampling and turn ends, and a model card with settings and figures.
+
+RUN is one of
+  runs/quickstart                                     its newest version, and there last.ckpt or the newest checkpoint
+  runs/quickstart/version_3                           that version
+  runs/quickstart/version_3/checkpoints/last.ckpt     that checkpoint: a file, or the folder of a sharded one
+
+for example
+  python -m lsm_lightning export runs/quickstart -o student
+  python -m lsm_lightning export runs/quickstart/version_3 -o student --dtype bfloat16 --overwrite"""
+
+
 def run(arguments: Sequence[str] | None = None) -> CLI:
     """Parse and run one command.
 
@@ -197,11 +216,39 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
         parser_class=Parser,
-        parser_kwargs={"prog": "python -m lsm_lightning", "description": __doc__.splitlines()[0] if __doc__ else ""},
+        parser_kwargs={
+            "prog": "python -m lsm_lightning",
+            "description": __doc__.splitlines()[0] if __doc__ else "",
+            "epilog": "Besides: `export RUN -o DIR` writes a run's student as a model folder, see `export --help`.",
+        },
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
     )
+
+
+def export_command(arguments: Sequence[str]) -> None:
+    """Write the student of a run as a model folder, and tell where.
+
+    Raises:
+        ConfigurationError: The run cannot be exported, or the folder not be written.
+        Interrupted: Ctrl-C was pressed.
+        SystemExit: After `--help`.
+    """
+    _quieten()
+    parser = Parser(prog="python -m lsm_lightning export", description=EXPORT, formatter_class=RawTextHelpFormatter)
+    parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, one of its versions, or a checkpoint")
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the model folder to write")
+    parser.add_argument("--dtype", type=DType, default="auto", help="of the weights; auto: as in the checkpoint")
+    parser.add_argument("--overwrite", action="store_true", help="replace a model that lies in DIR")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="the run's config.yaml, if it is not beside the run"
+    )
+    options = parser.parse_args(list(arguments))
+    try:
+        print(export(**vars(options)))
+    except KeyboardInterrupt as interruption:
+        raise Interrupted("Interrupted; nothing was written.") from interruption
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -211,8 +258,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status: 0 fine, or SLURM will go on; 1 training diverged, 2 a mistake in what was asked for, 130 after
         Ctrl-C, 143 after SIGTERM; all but the first are told in one line.
     """
+    words = sys.argv[1:] if arguments is None else list(arguments)
     try:
-        run(arguments)
+        if words[:1] == ["export"]:
+            export_command(words[1:])
+        else:
+            run(arguments)
     except (ConfigurationError, MisconfigurationException) as error:
         print(f"error: {_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -245,6 +296,7 @@ def _quieten() -> None:
         ".*The dirpath has changed from.*",  # a resumed run logs into a folder of its own
         ".*AFTER optimization.*",  # as it should be: a checkpoint follows its step
         ".*your dataloader is not resumable.*",  # the data module keeps the position
+        ".*`loftq_config` specified but will be ignored.*",  # by the default of peft's own settings
     ):
         warnings.filterwarnings("ignore", message=message)
 

@@ -14,23 +14,34 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.seed import isolate_rng
+from peft import LoraConfig
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import fully_shard
 from torch.optim.lr_scheduler import LRScheduler
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
+from lsm_lightning.export import write_student
 from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
-from lsm_lightning.objectives.head import OutputHead, check_head
-from lsm_lightning.pretrained import DType, check_model, check_vocabulary, load_model, load_tokenizer, turn_end_ids
+from lsm_lightning.objectives.head import check_head
+from lsm_lightning.pretrained import (
+    DType,
+    check_model,
+    check_vocabulary,
+    load_model,
+    load_skeleton,
+    load_tokenizer,
+    turn_end_ids,
+)
 from lsm_lightning.random_states import RandomStates, random_states, restore_random_states
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
+from lsm_lightning.sharding import load_sharded
+from lsm_lightning.student import adapt, checkpoint_activations, compile_layers, freeze, plain_state_dict
 from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
@@ -62,7 +73,16 @@ class OnPolicyDistillation(LightningModule):
         packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
             where lengths differ much and attention skips what is masked (flash attention), not on a CPU.
         gradient_clip: Largest norm of the gradient.
-        dtype: Of the student's weights.
+        dtype: Of the student's weights. With `trainer.precision` bf16-mixed these stay as they are and the computing is
+            done in bfloat16.
+        lora: Train low-rank adapters instead of the weights; `lora.r`, `lora.target_modules` and so on are those of
+            `peft.LoraConfig`. The student is written with its adapters merged.
+        quantization: Keep the frozen weights under `lora` in 4 or 8 bits (QLoRA), as `load_in_4bit: true` and the other
+            settings of `transformers.BitsAndBytesConfig` say; needs the package bitsandbytes. Not with sharding.
+        freeze: Shell patterns of names of the student's weights that are not trained, such as `*.embed_tokens.*`.
+        activation_checkpointing: Keep only what enters each layer and compute the rest again in the backward pass:
+            much less memory, about a third more time.
+        compile_layers: Compile the student's layers (torch.compile); pays in long runs on a GPU.
         chat_template: A jinja2 template that replaces the student tokenizer's own.
         seed: Of the rollouts; the command line links it to `seed_everything`.
     """
@@ -83,6 +103,11 @@ class OnPolicyDistillation(LightningModule):
         packing: bool = False,
         gradient_clip: float = 1.0,
         dtype: DType = "float32",
+        lora: LoraConfig | None = None,
+        quantization: BitsAndBytesConfig | None = None,
+        freeze: list[str] = [],  # noqa: B006 - never changed; the command line shows it
+        activation_checkpointing: bool = False,
+        compile_layers: bool = False,
         chat_template: str | None = None,
         seed: int = 0,
     ) -> None:
@@ -107,6 +132,15 @@ class OnPolicyDistillation(LightningModule):
         self.packing = packing
         self.gradient_clip = gradient_clip
         self.dtype_name: DType = dtype
+        if quantization is not None and lora is None:
+            raise ConfigurationError(
+                "model.quantization: quantised weights cannot be trained; add adapters with model.lora, or remove it."
+            )
+        self.lora = lora
+        self.quantization = quantization
+        self.freeze_patterns = freeze
+        self.activation_checkpointing = activation_checkpointing
+        self.compile_layers = compile_layers
         self.chat_template = chat_template
         self.seed = seed
         self._skipped = 0
@@ -147,12 +181,10 @@ class OnPolicyDistillation(LightningModule):
         # Lightning calls this with the accelerator as torch's default device and moves the student there later.
         with torch.device("cpu"):
             self.tokenizer = load_tokenizer(self.student_name, self.chat_template)
-            self.student = load_model(self.student_name, self.dtype_name)
+            self.student = self._load_student() if self.device_mesh is None else self._load_student_sharded()
             self.turn_end = turn_end_ids(self.student, self.tokenizer)
-            check_head(self.student, self.student_name)
-            check_vocabulary(self.student, self.tokenizer, self.student_name)
             self.student.train()
-            vocabulary = OutputHead.of(self.student).weight.shape[0]
+            vocabulary = len(self.student.get_output_embeddings().weight)
             if self.objective.student_tokens > vocabulary:
                 raise ConfigurationError(
                     f"A support of k={self.objective.student_tokens} tokens was asked for, but the student "
@@ -166,28 +198,42 @@ class OnPolicyDistillation(LightningModule):
                     tokens=self.objective.teacher_tokens,
                     device=self.trainer.strategy.root_device,
                 )
-        if self.device_mesh is not None:
-            self._shard()
 
-    def _shard(self) -> None:
-        """Layers and body are FSDP2 units; so is the head, which is used apart from the body, unless it is tied."""
+    def _load_student(self) -> PreTrainedModel:
+        student = load_model(self.student_name, self.dtype_name, self.quantization)
+        check_head(student, self.student_name)
+        check_vocabulary(student, self.tokenizer, self.student_name)
+        return self._prepared(student)
+
+    def _load_student_sharded(self) -> PreTrainedModel:
         assert self.device_mesh is not None
-        mesh = self.device_mesh["data_parallel"]
-        body: Any = self.student.base_model
-        head = self.student.get_output_embeddings()
-        embedding = self.student.get_input_embeddings()
-        tied = head.weight is embedding.weight
-        for unit in (*body.layers, body):
-            fully_shard(unit, mesh=mesh)
-        if tied:
-            head.weight = embedding.weight  # sharding replaced the body's parameter by a distributed one
-        else:
-            fully_shard(head, mesh=mesh)
+        if self.quantization is not None:
+            raise ConfigurationError(
+                "model.quantization: quantised weights cannot be sharded; use the strategy ddp, or remove it."
+            )
+        return load_sharded(
+            self._load_student,
+            lambda: self._prepared(load_skeleton(self.student_name)),
+            self.device_mesh["data_parallel"],
+            device=self.trainer.strategy.root_device,
+            compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+        )
+
+    def _prepared(self, student: PreTrainedModel) -> PreTrainedModel:
+        """The student with adapters and frozen parts, as it is going to be trained."""
+        if self.lora is not None:
+            adapt(student, self.lora)
+        freeze(student, self.freeze_patterns)
+        if self.activation_checkpointing:
+            checkpoint_activations(student)
+        if self.compile_layers:
+            compile_layers(student)
+        return student
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, and its schedule."""
         try:
-            optimizer = self.optimizer_of(self.student.parameters())
+            optimizer = self.optimizer_of(p for p in self.student.parameters() if p.requires_grad)
         except ValueError as error:
             raise ConfigurationError(f"model.optimizer: {error}") from error
         return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
@@ -412,13 +458,18 @@ class OnPolicyDistillation(LightningModule):
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
 
-    def save_student(self, folder: Path) -> None:
-        """Write the student and its tokenizer in transformers format; all processes call it together."""
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(self.student, options=options)
+    def save_student(self, folder: Path, card: str) -> None:
+        """Write the student in transformers format, see `write_student`; all processes call it together.
+
+        Args:
+            folder: Where to.
+            card: The text of its README.md.
+        """
+        weights = plain_state_dict(self.student)
         if self.trainer.is_global_zero:
-            self.student.save_pretrained(folder, state_dict=weights)
-            self.tokenizer.save_pretrained(folder)
+            write_student(
+                folder, self.student, weights, self.tokenizer, turn_end=self.turn_end, sampling=self.sampling, card=card
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Name the student, so that a checkpoint tells what it continues, and keep the random states of all processes.

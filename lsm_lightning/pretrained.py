@@ -1,13 +1,21 @@
 """Models and tokenizers by name: the embedded ones, a folder, or a hub id."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from tokenalign import Convention
@@ -79,13 +87,15 @@ def _template(value: str) -> str:
     return Path(value).expanduser().read_text()
 
 
-def load_model(name: str, dtype: DType) -> PreTrainedModel:
+def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None = None) -> PreTrainedModel:
     """The model in eval mode on the CPU, from safetensors only.
 
     Raises:
         ConfigurationError: The model cannot be loaded.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
+    if quantization is not None:
+        options |= {"quantization_config": quantization}
     # Weights of other shapes are let through for a moment, since the error about them does not say which.
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     model: PreTrainedModel
@@ -96,6 +106,21 @@ def load_model(name: str, dtype: DType) -> PreTrainedModel:
             raise ValueError(f"{weight} is {list(found)} in its weights and {list(expected)} by its config.json.")
         for weight in sorted(report["missing_keys"]):
             raise ValueError(f"{weight} is not among its weights.")
+    return model.eval()
+
+
+def load_skeleton(name: str) -> PreTrainedModel:
+    """The model without its weights, on the meta device; its configuration and its generation settings are there.
+
+    Raises:
+        ConfigurationError: The configuration cannot be loaded.
+    """
+    with _loading("model", name):
+        config = AutoConfig.from_pretrained(locate(name))
+        with torch.device("meta"):
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    with suppress(OSError):  # where there is none, the one derived from the configuration stays
+        model.generation_config = GenerationConfig.from_pretrained(locate(name))
     return model.eval()
 
 
@@ -151,7 +176,7 @@ def _loading(what: str, name: str) -> Iterator[None]:
         yield
     except ConfigurationError:
         raise
-    except (OSError, ValueError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, SafetensorError) as error:
         here = Path(locate(name)).is_dir()
         place = "" if here else f" There is no folder '{name}' here, so it was taken for a hub id."
         raise ConfigurationError(f"The {what} of '{name}' cannot be loaded: {_first_line(error)}{place}") from error

@@ -1,19 +1,20 @@
 """What a run leaves behind: a table, `summary.json` and a picture of the reward and KL curves."""
 
-import importlib.metadata
 import json
-import platform
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
 from rich.console import Console
 from rich.table import Table
 
 from lsm_lightning.callbacks.curves import draw_curves
 from lsm_lightning.callbacks.progress import progress
+from lsm_lightning.model_card import model_card, percent, versions
 from lsm_lightning.module import OnPolicyDistillation
 
 NEXT = """\
@@ -79,12 +80,6 @@ class RunSummary(Callback):
         after = self._evaluate_student(trainer, pl_module, "after") if self.evaluate else {}
         self._tick()
         log_folder = Path(trainer.log_dir or trainer.default_root_dir)  # a collective
-        pl_module.save_student(log_folder / "student")
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.default_root_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        picture = draw_curves(self.curves, {"before": self.before, "after": after, "teacher": self.teacher}, folder)
         summary = {
             "before": self.before,
             "after": after,
@@ -93,8 +88,14 @@ class RunSummary(Callback):
             "steps": trainer.global_step,
             "seed": pl_module.seed,
             "student": pl_module.student_name,
-            "versions": _versions(),
+            "versions": versions(),
         }
+        pl_module.save_student(log_folder / "student", model_card(_settings(trainer), summary))
+        if not trainer.is_global_zero:
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        picture = draw_curves(self.curves, {"before": self.before, "after": after, "teacher": self.teacher}, folder)
         (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if log_folder != folder:
             for name in ("summary.json", picture.name):
@@ -129,27 +130,19 @@ class RunSummary(Callback):
         )
 
 
+def _settings(trainer: Trainer) -> dict[str, Any]:
+    """As in `config.yaml`; none where a run was not started from the command line."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, SaveConfigCallback):
+            return yaml.safe_load(callback.parser.dump(callback.config, skip_none=False))
+    return {}
+
+
 def _table(before: Scores, after: Scores, teacher: Scores) -> Table:
     table = Table(title="Success on held-out problems, in % (95 % interval)")
     for column in ("task", "problems", "before", "after", "teacher"):
         table.add_column(column, justify="left" if column == "task" else "right")
     for name in after:
-        cells = [_cell(scores[name]) for scores in (before, after, teacher)]
+        cells = [percent(scores[name]) for scores in (before, after, teacher)]
         table.add_row(name, str(int(after[name]["n"])), *cells)
     return table
-
-
-def _cell(score: dict[str, float]) -> str:
-    return f"{100 * score['value']:.1f} ({100 * score['low']:.0f}–{100 * score['high']:.0f})"
-
-
-def _versions() -> dict[str, str]:
-    names = ("lsm-lightning", "lightning", "torch", "transformers", "tokenizers")
-    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"

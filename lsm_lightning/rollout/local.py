@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from transformers import DynamicCache, PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.pretrained import DType
 from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.student import merged_parameters
 from lsm_lightning.types import Completion
 
 NUCLEUS_GUESS = 256
@@ -44,12 +44,14 @@ class LocalEngine(Engine):
         return engine
 
     def sync(self, model: PreTrainedModel) -> None:
-        """Copy the weights into the replica, made at the first call; sharded ones are gathered one at a time."""
+        """Copy the weights into the replica, made at the first call: adapters merged, sharded ones gathered."""
         if self._replica is None:
-            self._replica = _unsharded_copy(model, model.dtype if self.dtype == "auto" else getattr(torch, self.dtype))
+            self._replica = _plain_copy(model, model.dtype if self.dtype == "auto" else getattr(torch, self.dtype))
+        mine = dict(self._replica.named_parameters())
         with torch.no_grad():
-            for mine, theirs in zip(self._replica.parameters(), model.parameters(), strict=True):
-                mine.copy_(theirs.full_tensor() if isinstance(theirs, DTensor) else theirs)
+            for name, theirs in merged_parameters(model):
+                mine.pop(name).copy_(theirs)
+        assert not mine, f"not copied: {', '.join(mine)}"
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
@@ -216,7 +218,7 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
     return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
-def _unsharded_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def _plain_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
     with torch.device(model.device):
         before = torch.get_default_dtype()

@@ -5,8 +5,9 @@ from dataclasses import fields
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from torch import Tensor, distributed
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, spans
 from lsm_lightning.errors import ConfigurationError
@@ -16,6 +17,7 @@ from lsm_lightning.pretrained import (
     check_model,
     check_vocabulary,
     load_model,
+    load_skeleton,
     load_tokenizer,
     render,
     turn_end_ids,
@@ -23,6 +25,7 @@ from lsm_lightning.pretrained import (
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.local import LocalEngine
+from lsm_lightning.sharding import gathered, load_sharded, spread
 from lsm_lightning.teacher.base import Teacher
 from lsm_lightning.teacher.reading import Reading, as_it_stands, respelled
 from lsm_lightning.teacher.translation import Translation
@@ -42,6 +45,9 @@ class LocalTeacher(Teacher):
         chat_template: A jinja2 template that replaces the tokenizer's own.
         batch_tokens: Prompt and response tokens scored side by side; lower it where memory is short.
         batch_size: Answers written side by side when the teacher itself is evaluated.
+        sharded: Spread the teacher over the processes (FSDP2), whatever the student's strategy is: for one that does
+            not fit on a device. While it is evaluated each process holds all of it (`summary.evaluate`).
+        offload: Keep it in main memory between scoring.
     """
 
     def __init__(
@@ -51,6 +57,8 @@ class LocalTeacher(Teacher):
         chat_template: str | None = None,
         batch_tokens: int = 16384,
         batch_size: int = 256,
+        sharded: bool = False,
+        offload: bool = False,
     ) -> None:
         if batch_tokens < 1 or batch_size < 1:
             raise ConfigurationError(
@@ -61,6 +69,8 @@ class LocalTeacher(Teacher):
         self.chat_template = chat_template
         self.batch_tokens = batch_tokens
         self.batch_size = batch_size
+        self.sharded = sharded
+        self.offload = offload
 
     def check(self) -> None:
         """See `Teacher.check`."""
@@ -77,22 +87,46 @@ class LocalTeacher(Teacher):
     ) -> None:
         """See `Teacher.setup`."""
         self.tokenizer = load_tokenizer(self.path, self.chat_template)
-        self.model = load_model(self.path, self.dtype).requires_grad_(False).eval()
-        self.model.to(device)
-        check_head(self.model, self.path)
-        check_vocabulary(self.model, self.tokenizer, self.path)
-        self.head = OutputHead.of(self.model)
+        self.device = device
+        self.across = distributed.is_initialized() and self.sharded
+        self.model = self._load_sharded() if self.across else self._load()
+        self._move(device)
+        self.rows = len(self.model.get_output_embeddings().weight)
         self.turn_end = torch.tensor(sorted(turn_end_ids(self.model, self.tokenizer)), dtype=torch.long, device=device)
         self.pair = self._pair(student, vocabulary)
         self.respell = respell
         translate = Translation.of_meaning if respell else Translation.of_ids
-        self.translation = translate(self.pair, vocabulary, self.head.weight.shape[0], self.path, device)
+        self.translation = translate(self.pair, vocabulary, self.rows, self.path, device)
         if tokens is not None and tokens > self.translation.known:
             raise ConfigurationError(
                 f"A support of k={tokens} tokens was asked for, but student and teacher '{self.path}' share only "
                 f"{self.translation.known} tokens. Lower the objective's k."
             )
         self.tokens = int(self.translation.members.sum()) if tokens is None else tokens
+        self._rest()
+
+    def _load(self) -> PreTrainedModel:
+        model = load_model(self.path, self.dtype).requires_grad_(False)
+        check_head(model, self.path)
+        check_vocabulary(model, self.tokenizer, self.path)
+        return model
+
+    def _load_sharded(self) -> PreTrainedModel:
+        mesh = init_device_mesh(self.device.type, (distributed.get_world_size(),))
+        return load_sharded(
+            self._load, lambda: load_skeleton(self.path).requires_grad_(False), mesh, device=self.device
+        ).eval()
+
+    def _move(self, device: torch.device) -> None:
+        module: torch.nn.Module = self.model  # whose `to` takes a device; the type of the model's own does not
+        module.to(device)
+
+    def _rest(self) -> None:
+        """Leave the device to others."""
+        if self.across:
+            spread(self.model)
+        if self.offload:
+            self._move(torch.device("cpu"))
 
     @torch.no_grad()
     def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
@@ -102,21 +136,26 @@ class LocalTeacher(Teacher):
             ConfigurationError: The teacher's log-probs are not finite.
         """
         prompts = render(self.tokenizer, [list(turn.prompt.messages) for turn in turns])
-        reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.head.weight.shape[0])
+        reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.rows)
         lengths = [len(prompt) + len(r) for prompt, r in zip(prompts, reading.responses, strict=True)]
         places = spans([len(turn.completion.ids) for turn in turns])
         sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=added.device)
         parts: list[Support] = []
         order: list[Tensor] = []
-        for group in group_by_length(lengths, self.batch_tokens):
-            batch = TokenBatch.pad(
-                [prompts[i] for i in group], [reading.responses[i] for i in group], self.model.device
-            )
+        self._move(self.device)
+        head = OutputHead.of(self.model)
+        groups = group_by_length(lengths, self.batch_tokens)
+        idle = self._most(len(groups)) - len(groups)
+        for group in groups:
+            batch = TokenBatch.pad([prompts[i] for i in group], [reading.responses[i] for i in group], self.device)
             rows = rows_of(places, group, added.device)
-            with torch.autocast(self.model.device.type, enabled=False):  # its own dtype decides
-                position = _position(reading, group).to(self.model.device)
-                parts.extend(self._answers(batch, position, sampled[rows], added[rows]))
+            with torch.autocast(self.device.type, enabled=False):  # its own dtype decides
+                position = _position(reading, group).to(self.device)
+                parts.extend(self._answers(head, batch, position, sampled[rows], added[rows]))
             order.append(rows)
+        for _ in range(idle):
+            hidden_states(self.model, TokenBatch.pad([[0]], [[0]], self.device))
+        self._rest()
         support = _joined(parts).rows(torch.cat(order).argsort())
         if bool((support.log_probs.isnan().any() | support.sampled.isnan().any()).item()):
             raise ConfigurationError(
@@ -125,8 +164,19 @@ class LocalTeacher(Teacher):
             )
         return support
 
+    def _most(self, batches: int) -> int:
+        """Layers of a sharded teacher are gathered by all processes together, so all run equally many batches."""
+        if not self.across:
+            return batches
+        most = torch.tensor(batches, device=self.device)
+        distributed.all_reduce(most, distributed.ReduceOp.MAX)
+        return int(most)
+
     def player(self, sampling: Sampling) -> Player:
         """See `Teacher.player`."""
+        self._move(self.device)
+        if self.across:
+            gathered(self.model)
         engine = LocalEngine.around(self.model, self.batch_size)
         return Player(
             engine=engine, tokenizer=self.tokenizer, turn_end=frozenset(self.turn_end.tolist()), sampling=sampling
@@ -134,6 +184,7 @@ class LocalTeacher(Teacher):
 
     def _answers(
         self,
+        head: OutputHead,
         batch: TokenBatch,
         position: Int[Tensor, " n"],
         sampled: Int[Tensor, " n"],
@@ -143,20 +194,20 @@ class LocalTeacher(Teacher):
         hidden, targets = hidden_states(self.model, batch), batch.targets
         if not len(targets):  # the teacher cannot spell anything of these texts
             hidden, targets = hidden.new_zeros(1, hidden.shape[1]), targets.new_zeros(1)
-        rows = max(1, LOGITS_AT_ONCE // self.head.weight.shape[0])
+        rows = max(1, LOGITS_AT_ONCE // self.rows)
         for part in torch.arange(len(position), device=position.device).split(rows):
             at = position[part].clamp(min=0)
-            yield self._answer(hidden[at], targets[at], position[part] >= 0, sampled[part], added[part])
+            log_probs = head.all_logits(hidden[at]).log_softmax(-1)
+            yield self._answer(log_probs, targets[at], position[part] >= 0, sampled[part], added[part])
 
     def _answer(
         self,
-        hidden: Float[Tensor, "n d"],
+        log_probs: Float[Tensor, "n v"],
         target: Int[Tensor, " n"],
         comparable: Bool[Tensor, " n"],
         sampled: Int[Tensor, " n"],
         added: Int[Tensor, "n c"],
     ) -> Support:
-        log_probs = self.head.all_logits(hidden).log_softmax(-1)
         turn_end = log_probs[:, self.turn_end].logsumexp(-1)
         log_probs = self.translation.merged(log_probs)
         ids, members, lost = self.translation.translate(log_probs, self.tokens, added)
@@ -179,7 +230,7 @@ class LocalTeacher(Teacher):
                 student,
                 self.tokenizer,
                 student_size=max(vocabulary, len(student)),
-                teacher_size=max(self.head.weight.shape[0], len(self.tokenizer)),
+                teacher_size=max(self.rows, len(self.tokenizer)),
             )
         except ValueError as error:
             raise ConfigurationError(

@@ -1,0 +1,136 @@
+"""What makes a model a student in training: adapters, frozen parts, checkpointed activations, compiled layers."""
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.sharding import decoder_layers
+
+VARIANTS = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
+"""Settings of `LoraConfig` with which the model is more than itself plus low-rank products."""
+
+
+def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
+    """Add low-rank adapters, in place; everything else is frozen.
+
+    Raises:
+        ConfigurationError: peft finds nothing to adapt, or the adapted model could not be written as a plain one.
+    """
+    if used := [name for name in VARIANTS if getattr(lora, name)]:
+        raise ConfigurationError(
+            f"model.lora.{used[0]}: rollouts and export merge adapters into the weights, which only plain LoRA allows; "
+            "remove it."
+        )
+    try:
+        with torch.device(model.device), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
+            inject_adapter_in_model(lora, model)
+    except ValueError as error:
+        raise ConfigurationError(f"model.lora: {str(error).splitlines()[0]}") from error
+    ends = (model.get_input_embeddings(), model.get_output_embeddings())
+    if model.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
+        raise ConfigurationError(
+            "model.lora.target_modules reaches the embedding or the output layer, which share their weights in this "
+            "model: an adapter of one could not be merged. Leave both out."
+        )
+
+
+def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Take the parameters whose names match shell patterns such as `*.embed_tokens.*` out of training.
+
+    Raises:
+        ConfigurationError: A pattern matches nothing, or together they leave nothing to train.
+    """
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in names if fnmatchcase(name, pattern)]
+        if not matching:
+            some = ", ".join([*names][:3])
+            raise ConfigurationError(
+                f"model.freeze: no weight of the student is called like '{pattern}'. There are {some}, ..."
+            )
+        for name in matching:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigurationError(f"model.freeze={list(patterns)} leaves nothing of the student to train.")
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only what enters each decoder layer, and compute the rest once more in the backward pass.
+
+    Raises:
+        ConfigurationError: The model does not know how.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ConfigurationError(
+            f"model.activation_checkpointing: {type(model).__name__} does not support it; set it to false."
+        )
+    model.activation_checkpointing_enable({"use_reentrant": False})
+
+
+def compile_layers(model: PreTrainedModel) -> None:
+    """Compile decoder layers, which share their code, each in place: names of weights stay."""
+    for layer in decoder_layers(model):
+        layer.compile(dynamic=True)
+
+
+def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """Names and values of a plain model that computes the same: adapters merged, sharded weights gathered one by one,
+    quantised ones at full size.
+
+    All processes iterate together where weights are sharded.
+    """
+    for name, parameter in model.named_parameters():
+        if _is_adapters(name):
+            continue
+        owner, _, kind = name.rpartition(".")
+        quantised = kind == "weight" and getattr(model, "is_quantized", False)
+        value = whole(_dequantised(model.get_submodule(owner)) if quantised else parameter)
+        layer = model.get_submodule(owner.removesuffix(".base_layer"))
+        if kind == "weight" and isinstance(layer, BaseTunerLayer):
+            value = _merged(layer, value)
+        yield name.replace(".base_layer.", "."), value
+
+
+def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
+    """`merged_parameters` and persistent buffers, on the CPU; of sharded weights in the first process only, others get
+    nothing. All processes call it together."""
+    first = not distributed.is_initialized() or distributed.get_rank() == 0
+    weights = {name: value.cpu() for name, value in merged_parameters(model) if first}
+    buffers = dict(model.named_buffers())
+    return weights | {name: value.cpu() for name, value in model.state_dict().items() if first and name in buffers}
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter without its gradient, gathered from all processes where it is sharded."""
+    value = parameter.detach()
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _dequantised(layer: nn.Module) -> Tensor:
+    """The weight at full size; itself, if it is not quantised."""
+    # On some CPUs bitsandbytes packs a weight otherwise once it has run in eval mode, and takes the packing for the
+    # usual one here. Saving the layer packs it as it was.
+    layer.state_dict()
+    return dequantize_module_weight(layer)
+
+
+def _merged(layer: Any, weight: Tensor) -> Tensor:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    changes = [whole(layer.get_delta_weight(name)).to(wide) for name in layer.active_adapters]
+    return torch.stack([weight.to(wide), *changes]).sum(0).to(weight.dtype)
+
+
+def _is_adapters(name: str) -> bool:
+    return re.search(r"\.lora_(A|B|embedding_A|embedding_B)\.", name) is not None

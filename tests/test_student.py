@@ -1,0 +1,227 @@
+"""Adapters, frozen parts and checkpointed activations: what they train, and what they must not change."""
+
+import pytest
+import torch
+from peft import LoraConfig
+from slow import even_weights, random_support
+from tiny import FAMILIES, tiny_model
+from torch import Tensor
+from transformers import BitsAndBytesConfig, PreTrainedModel
+
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.objectives import LocalSupportMatching
+from lsm_lightning.pretrained import load_model
+from lsm_lightning.rollout.local import LocalEngine
+from lsm_lightning.student import (
+    adapt,
+    checkpoint_activations,
+    compile_layers,
+    freeze,
+    merged_parameters,
+)
+from lsm_lightning.types import Turn
+from lsm_lightning.update import accumulate_gradients
+
+UNTIED = "qwen2-untied"
+
+
+def lora(*targets: str, **settings: object) -> LoraConfig:
+    return LoraConfig(**{"r": 3, "lora_alpha": 6, "target_modules": list(targets), **settings})
+
+
+def adapted(family: str = UNTIED, *targets: str) -> PreTrainedModel:
+    """In float64, with adapters that add something; fresh ones do not."""
+    model = tiny_model(family).double()
+    adapt(model, lora(*(targets or ("q_proj", "down_proj"))))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) / 3)
+    return model
+
+
+def logits(model: PreTrainedModel) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([[7, 8, 9, 10]])).logits
+
+
+def gradients(student: PreTrainedModel, turns: list[Turn]) -> dict[str, Tensor]:
+    """Of one step towards a random teacher."""
+    student.zero_grad()
+    support = random_support(turns, 8, seed=4)
+    weights = even_weights(torch.ones(len(support.sampled), dtype=torch.bool))
+    accumulate_gradients(
+        student, LocalSupportMatching(k=8), turns, support, weights, groups=[list(range(len(turns)))],
+        backward=lambda loss: loss.backward(),
+    )  # fmt: skip
+    return {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+
+
+# ---- adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "down_proj", "lm_head"), ("embed_tokens",)], ids=str)
+def test_a_merged_student_is_the_adapted_one(targets):
+    model = adapted(UNTIED, *targets)
+    plain = tiny_model(UNTIED).double()
+    before = logits(plain)
+    plain.load_state_dict(dict(merged_parameters(model)), strict=False)
+    torch.testing.assert_close(logits(plain), logits(model))
+    assert (logits(plain) - before).abs().max() > 1e-3  # they do add something
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_adapters_comes_as_it_is(family):
+    model = tiny_model(family)
+    merged = dict(merged_parameters(model))
+    assert merged.keys() == dict(model.named_parameters()).keys()
+    assert all(torch.equal(merged[name], parameter) for name, parameter in model.named_parameters())
+
+
+def test_rollouts_are_those_of_the_adapted_student():
+    model = adapted()
+    engine = LocalEngine()
+    engine.sync(model)
+    torch.testing.assert_close(logits(engine._replica), logits(model))
+    with torch.no_grad():
+        model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.add_(0.1)
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(logits(engine._replica), logits(model))
+    engine.sync(model)
+    torch.testing.assert_close(logits(engine._replica), logits(model))
+
+
+@pytest.mark.parametrize("targets", [("q_proj",), ("q_proj", "lm_head")], ids=str)
+def test_only_adapters_are_trained(turns, targets):
+    assert {name.split(".")[-3] for name in gradients(adapted(UNTIED, *targets), turns)} == {"lora_A", "lora_B"}
+
+
+def test_the_gradient_of_adapters_is_that_of_the_weight_they_change(turns):
+    """Of `weight + scale * B @ A`: by the chain rule, from a student whose weight is the sum itself."""
+    model = adapted(UNTIED, "q_proj", "lm_head")
+    plain = tiny_model(UNTIED).double()
+    plain.load_state_dict(dict(merged_parameters(model)), strict=False)
+    ours, theirs = gradients(model, turns), gradients(plain, turns)
+    for name in ("model.layers.1.self_attn.q_proj", "lm_head"):
+        layer = model.get_submodule(name)
+        of_weight = layer.scaling["default"] * theirs[f"{name}.weight"]
+        down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        torch.testing.assert_close(ours[f"{name}.lora_B.default.weight"], of_weight @ down.T)
+        torch.testing.assert_close(ours[f"{name}.lora_A.default.weight"], up.T @ of_weight)
+
+
+@pytest.mark.parametrize(
+    ("family", "config", "told"),
+    [
+        (UNTIED, lora("no_such_layer"), "model.lora"),
+        (UNTIED, lora("q_proj", use_dora=True), "use_dora"),
+        (UNTIED, lora("q_proj", modules_to_save=["lm_head"]), "modules_to_save"),
+        ("llama-tied", lora("q_proj", "lm_head"), "share their weights"),
+        ("llama-tied", lora("embed_tokens"), "share their weights"),
+    ],
+    ids=["nothing", "dora", "saved", "tied-head", "tied-embedding"],
+)
+def test_adapters_that_cannot_be_merged_are_refused(family, config, told):
+    with pytest.raises(ConfigurationError, match=told):
+        adapt(tiny_model(family), config)
+
+
+# ---- quantised weights ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def quantised() -> PreTrainedModel:
+    """Of the embedded student: the library's blocks of 64 weights are wider than the tiny one's layers."""
+    pytest.importorskip("bitsandbytes", reason="quantised weights need the package bitsandbytes")
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    return load_model("embedded:student", "float32", config)
+
+
+def test_rollouts_of_a_quantised_student_are_its_own(quantised, turns):
+    adapt(quantised, lora("q_proj"))
+    assert {name.split(".")[-3] for name in gradients(quantised, turns)} == {"lora_A", "lora_B"}
+    with torch.no_grad():
+        for name, parameter in quantised.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
+    engine = LocalEngine()
+    quantised.eval()
+    logits(quantised)  # packs weights otherwise, on some CPUs
+    engine.sync(quantised)
+    quantised.train()  # as a student is; in eval mode the library may compute in bfloat16
+    torch.testing.assert_close(logits(engine._replica), logits(quantised), rtol=1e-4, atol=1e-4)
+    whole = load_model("embedded:student", "float32")
+    assert (logits(engine._replica) - logits(whole)).abs().max() > 0.01
+
+
+# ---- frozen parts ---------------------------------------------------------------------------------------------------
+
+
+def test_frozen_weights_have_no_gradient(turns):
+    model = tiny_model(UNTIED).double()
+    everything = gradients(model, turns)
+    freeze(model, ["*.embed_tokens.*", "model.layers.0.*"])
+    rest = gradients(tiny_with_frozen(), turns)
+    gone = {name for name in everything if "embed_tokens" in name or ".layers.0." in name}
+    assert gone
+    assert rest.keys() == everything.keys() - gone
+    assert all(torch.equal(rest[name], everything[name]) for name in rest)
+
+
+def tiny_with_frozen() -> PreTrainedModel:
+    model = tiny_model(UNTIED).double()
+    freeze(model, ["*.embed_tokens.*", "model.layers.0.*"])
+    return model
+
+
+@pytest.mark.parametrize(("patterns", "told"), [(["*.no_such.*"], "no_such"), (["*"], "nothing of the student")])
+def test_patterns_that_freeze_nothing_or_everything_are_refused(patterns, told):
+    with pytest.raises(ConfigurationError, match=told):
+        freeze(tiny_model(), patterns)
+
+
+# ---- memory and speed -----------------------------------------------------------------------------------------------
+
+
+def kept_elements(student: PreTrainedModel, turns: list[Turn]) -> tuple[dict[str, Tensor], int]:
+    """Gradients, and how many numbers were kept for the backward pass."""
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        found = gradients(student, turns)
+    return found, kept
+
+
+def test_checkpointed_activations_change_nothing_but_memory(turns):
+    student = tiny_model().double().train()
+    whole, kept = kept_elements(student, turns)
+    checkpoint_activations(student)
+    again, kept_less = kept_elements(student, turns)
+    assert again.keys() == whole.keys()
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert kept_less < 0.8 * kept
+
+
+def test_a_model_that_cannot_checkpoint_is_refused(monkeypatch):
+    model = tiny_model()
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ConfigurationError, match="activation_checkpointing"):
+        checkpoint_activations(model)
+
+
+@pytest.mark.slow
+def test_compiled_layers_change_nothing(turns):
+    student = tiny_model().double().train()
+    whole = gradients(student, turns)
+    names = list(student.state_dict())
+    compile_layers(student)
+    assert list(student.state_dict()) == names
+    again = gradients(student, turns)
+    for name in whole:
+        torch.testing.assert_close(again[name], whole[name], rtol=1e-9, atol=1e-12)
