@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.load import _load_distributed_checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 
 from lsm_lightning.errors import ConfigurationError
@@ -60,7 +61,8 @@ def load(path: Path, weights_only: bool | None = None) -> dict[str, Any]:
         if path.is_dir():
             return _joined(_load_distributed_checkpoint(path))
         return torch.load(path, map_location="cpu", weights_only=weights_only)
-    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError) as error:
+    # What torch raises on damaged shards is a BaseException of its own.
+    except (OSError, EOFError, RuntimeError, KeyError, pickle.UnpicklingError, CheckpointException) as error:
         raise ConfigurationError(f"The checkpoint '{path}' is damaged: {' '.join(str(error).split())[:200]}") from error
 
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from ranks import finish_with_ranks
+from processes import started
 from safetensors import safe_open
-from test_training import assert_identical, finish_here
+from test_training import assert_identical
 from tiny import FAMILIES, SIZES, STUDENT_END, TEACHER_END, TEMPLATE, save_tiny, tiny_model
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -67,6 +67,11 @@ def base(student_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.Te
     return folder
 
 
+def finish_run(arguments: list[str], output: Path, processes: int = 1) -> None:
+    with started(arguments, output, processes) as run:
+        assert set(run.wait()) == {0}, run.said()
+
+
 Finish = Callable[[str], Path]
 
 
@@ -107,15 +112,8 @@ def finished(settings_of_a_run: dict[str, Any], tmp_path_factory: pytest.TempPat
         return ["fit", "--config", str(path)]
 
     @cache
-    def finish_all(devices: int) -> None:
-        runs = [arguments(name) for name, trainer in STRATEGIES.items() if trainer["devices"] == devices]
-        if devices == 1:
-            finish_here(runs[0])
-        else:
-            finish_with_ranks(runs, devices)
-
     def finish(strategy: str) -> Path:
-        finish_all(STRATEGIES[strategy]["devices"])
+        finish_run(arguments(strategy), root / f"{strategy}.txt", STRATEGIES[strategy]["devices"])
         return root / strategy
 
     return finish
@@ -215,7 +213,7 @@ def adapted(settings_of_a_run: dict[str, Any], tmp_path_factory: pytest.TempPath
     settings = {**settings_of_a_run, "model": {**settings_of_a_run["model"], "lora": lora}}
     settings["trainer"] = {**settings["trainer"], "devices": 1, "default_root_dir": str(folder / "run")}
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    finish_here(["fit", "--config", str(folder / "run.yaml")])
+    finish_run(["fit", "--config", str(folder / "run.yaml")], folder / "output.txt")
     return folder / "run"
 
 
