@@ -324,14 +324,17 @@ def adapters(*targets: str) -> LoraConfig:
 
 
 def test_a_resumed_run_of_adapters_is_the_uninterrupted_one_bit_for_bit(prepare, tmp_path):
+    torch.manual_seed(5)  # fresh adapters are random
     whole = prepare(4, "whole", lora=adapters("q_proj")).fit()
+    torch.manual_seed(5)
     prepare(2, "first", lora=adapters("q_proj")).fit()
     saved = torch.load(checkpoint_of(tmp_path, "first"), weights_only=False)["state_dict"]
     assert saved
     assert all("lora_" in name for name in saved)
     resumed = prepare(4, "first", lora=adapters("q_proj")).fit(checkpoint_of(tmp_path, "first"))
     assert_same_from(resumed, whole, 2)
-    other = prepare(4, "other", lora=adapters("q_proj"), seed=1).fit()
+    torch.manual_seed(6)
+    other = prepare(4, "other", lora=adapters("q_proj")).fit()
     with pytest.raises(AssertionError):
         assert_identical(other.weights, whole.weights)
 
