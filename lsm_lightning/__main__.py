@@ -1,4 +1,4 @@
-"""`python -m lsm_lightning fit | validate --config FILE`."""
+"""`python -m lsm_lightning fit | validate | plan --config FILE`."""
 
 import sys
 
