@@ -8,6 +8,9 @@ from rich.table import Table
 
 from lsm_lightning.planning.plan import GIB, USABLE, Plan, TaskPlan
 
+SHOWN = 0.005
+"""Smaller shares of a peak are left out."""
+
 
 def show(plan: Plan, console: Console) -> None:
     """Print the tables and what follows from them."""
@@ -59,27 +62,26 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def _memory(of_task: TaskPlan) -> Table:
     rehearsal, lengths = of_task.rehearsal, of_task.lengths
     table = Table(
-        title=f"{of_task.task}: GiB of one device at each phase's peak "
-        f"({lengths.episodes} episodes, {lengths.prompt} + {lengths.new} tokens)"
+        title=f"{of_task.task}: peaks of one device ({lengths.episodes} episodes of up to {lengths.turns} turns, "
+        f"{lengths.prompt} + {lengths.new} tokens)"
     )
-    table.add_column("")
+    table.add_column("phase")
+    table.add_column("GiB", justify="right")
+    table.add_column("of these")
     highest = max(phase.peak for phase in rehearsal.phases)
     for phase in rehearsal.phases:
-        table.add_column(phase.name, justify="right", style="bold" if phase.peak == highest else None)
-    kinds = dict.fromkeys(kind for phase in rehearsal.phases for kind in phase.bytes)
-    for kind in kinds:
-        table.add_row(kind, *(_gib(phase.bytes.get(kind, 0)) for phase in rehearsal.phases))
-    table.add_section()
-    table.add_row("all", *(_gib(phase.peak) for phase in rehearsal.phases))
+        kinds = sorted(phase.bytes.items(), key=lambda item: -item[1])
+        where = ", ".join(f"{kind} {_gib(size)}" for kind, size in kinds if size >= SHOWN * phase.peak)
+        table.add_row(phase.name, _gib(phase.peak), where, style="bold" if phase.peak == highest else None)
     table.caption = (
-        f"Logits of the whole vocabulary, which are never made, would add {rehearsal.logits_never_made / GIB:.2f} GiB "
-        "to the update (float32, and their gradient)."
+        f"Logits of the whole vocabulary, which are never made, would add {_gib(rehearsal.logits_never_made)} GiB to the "
+        "update (float32, and their gradient)."
     )
     return table
 
 
 def _gib(size: int) -> str:
-    return "" if size == 0 else f"{size / GIB:.2f}" if size >= 0.005 * GIB else "<0.01"
+    return f"{size / GIB:.2f}" if size >= GIB / 100 else f"{size / GIB:.4f}"
 
 
 def _time(of_task: TaskPlan, processes: int) -> Table:
