@@ -77,7 +77,7 @@ class CLI(LightningCLI):
             return
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
-        self.trainer = self.trainer_class
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # asked for the command's name only
 
     def plan(self, **kwargs: Any) -> None:
         """Tell where memory and time will go."""

@@ -1,7 +1,8 @@
 """Where memory and time of a run will go, and which settings to change where it does not fit."""
 
+import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,11 @@ USABLE = 0.9
 GIB = 2**30
 VARIABLE = {
     "rollout": ("KV cache", "decoding logits", "rollout's activations"),
-    "evaluate": ("KV cache", "decoding logits", "rollout's activations"),
+    "evaluation": ("KV cache", "decoding logits", "rollout's activations"),
     "teacher": ("teacher's activations",),
     "update": ("activations", "head's buffers", "backward's temporaries"),
 }
-"""What grows with the rows of a phase's batches, by the first word of its name."""
+"""What grows with the rows of a phase's batches."""
 STUDENT = ("student weights", "gradients", "optimiser state")
 
 
@@ -196,75 +197,70 @@ def _seconds(phases: list[Phase], device: Device) -> dict[str, float]:
 
 
 def _advice(module: OnPolicyDistillation, tasks: list[TaskPlan], machine: Machine, limit: float) -> list[str]:
-    """One sentence for each way out, for every phase that is too large."""
-    advice: dict[str, None] = {}
+    """A sentence for each way out, for every phase that is too large."""
+    lines: list[str] = []
     for of_task in tasks:
         for phase in of_task.rehearsal.phases:
             if phase.peak > limit:
-                advice |= dict.fromkeys(_for_phase(module, of_task, phase, machine, limit))
-    return list(advice)
+                over = f"{phase.name} of {of_task.task} needs {(phase.peak - limit) / GIB:.2f} GiB more than is usable"
+                lines += [f"{over}: {way}" for way in _ways(module, of_task, phase, machine, limit)]
+    return lines
 
 
-def _for_phase(
+def _ways(
     module: OnPolicyDistillation, of_task: TaskPlan, phase: Phase, machine: Machine, limit: float
-) -> list[str]:
-    kinds = VARIABLE.get(phase.name.split()[0], ())
-    variable = sum(phase.bytes.get(kind, 0) for kind in kinds)
+) -> Iterator[str]:
+    if phase.name == "update" and getattr(module, "activation_checkpointing", True) is False:
+        patient = copy.copy(module)
+        patient.activation_checkpointing = True  # type: ignore[assignment]
+        phases = rehearse(patient, of_task.lengths, machine, task=of_task.task).phases
+        peak = next(other.peak for other in phases if other.name == phase.name)
+        yield f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB"
+    variable = sum(phase.bytes.get(kind, 0) for kind in VARIABLE.get(phase.name, ()))
     room = limit - (phase.peak - variable)
-    over = f"{phase.name} of {of_task.task} needs {(phase.peak - limit) / GIB:.1f} GiB more than there is"
-    if room > 0 and variable:
-        return [f"{over}: {_smaller(module, of_task, phase.name, room / variable)}"]
-    return [f"{over}, whatever the batches: {way}" for way in _ways(module, phase, machine, limit)]
+    if room > 0:
+        yield _smaller(module, of_task, phase.name, room / variable)
+    else:
+        yield from _lighter(module, phase, machine, limit)
 
 
 def _smaller(module: OnPolicyDistillation, of_task: TaskPlan, phase: str, share: float) -> str:
     """A smaller batch, or where it holds one sequence already, a shorter one."""
-    lengths, teacher = of_task.lengths, module.teachers[of_task.task]
-    assert isinstance(module.engine, LocalEngine)
+    lengths, teacher, engine = of_task.lengths, module.teachers[of_task.task], module.engine
+    assert isinstance(engine, LocalEngine)
     assert isinstance(teacher, LocalTeacher)
-    if phase == "rollout":
-        setting, rows, unit = "model.engine.init_args.batch_size", min(module.engine.batch_size, lengths.episodes), 1
-    elif phase.startswith("evaluate"):
-        name = phase.split()[1]
-        teacher = module.teachers[name]
-        assert isinstance(teacher, LocalTeacher)
-        setting = f"model.teachers.{name}.init_args.batch_size"
-        rows, unit = min(teacher.batch_size, lengths.test_episodes), 1
-    elif phase == "teacher":
-        setting, unit = f"model.teachers.{of_task.task}.init_args.batch_tokens", lengths.sequence
-        rows = lengths.rows(teacher.batch_tokens)
-    else:
-        setting, rows, unit = "model.micro_batch_tokens", lengths.rows(module.micro_batch_tokens), lengths.sequence
+    of_teacher = f"model.teachers.{of_task.task}.init_args"
+    setting, rows, unit = {
+        "rollout": ("model.engine.init_args.batch_size", min(engine.batch_size, lengths.episodes), 1),
+        "evaluation": (f"{of_teacher}.batch_size", min(teacher.batch_size, lengths.test_episodes), 1),
+        "teacher": (f"{of_teacher}.batch_tokens", lengths.rows(teacher.batch_tokens), lengths.sequence),
+        "update": ("model.micro_batch_tokens", lengths.rows(module.micro_batch_tokens), lengths.sequence),
+    }[phase]
     fitting = math.floor(rows * share)
     if fitting >= 1:
-        return f"set {setting} to {fitting * unit} (from {rows * unit})"
-    shorter = max(1, math.floor(lengths.sequence * rows * share) - lengths.prompt)
+        return f"lower {setting} to {fitting * unit} (from {rows * unit})"
+    shorter = math.floor(lengths.sequence * rows * share) - lengths.prompt
+    if shorter < 1:
+        return f"even one prompt of {lengths.prompt} tokens is too long; shorten it"
     return (
-        f"one sequence alone is too long: set {setting} to {unit} or less and data.tasks.{of_task.task}.init_args."
+        f"one sequence alone is too long: lower {setting} to {unit} and data.tasks.{of_task.task}.init_args."
         f"max_new_tokens to {shorter} (from {lengths.new})"
     )
 
 
-def _ways(module: OnPolicyDistillation, phase: Phase, machine: Machine, limit: float) -> list[str]:
+def _lighter(module: OnPolicyDistillation, phase: Phase, machine: Machine, limit: float) -> Iterator[str]:
     """Ways to make what stands in memory whatever the batches smaller, each with what it saves."""
-    ways = []
-    replica, teachers = phase.bytes.get("rollout replica", 0), phase.bytes.get("teachers' weights", 0)
-    student = sum(phase.bytes.get(kind, 0) for kind in STUDENT)
+    replica, student = phase.bytes.get("rollout replica", 0), sum(phase.bytes.get(kind, 0) for kind in STUDENT)
     assert isinstance(module.engine, LocalEngine)
     if replica and module.engine.dtype not in ("bfloat16", "float16"):
-        ways.append(f"model.engine.init_args.dtype=bfloat16 saves {replica / 2 / GIB:.1f} GiB")
+        yield f"model.engine.init_args.dtype=bfloat16 saves up to {replica / 2 / GIB:.2f} GiB"
     for name, teacher in module.teachers.items():
-        if isinstance(teacher, LocalTeacher) and teacher.dtype == "float32":
-            saved = teachers / len(module.teachers) / 2 / GIB
-            ways.append(f"model.teachers.{name}.init_args.dtype=bfloat16 saves about {saved:.1f} GiB")
-    fixed = sum(phase.bytes.get(kind, 0) for kind in (*STUDENT, "rollout replica", "teachers' weights"))
-    missing = fixed - limit
-    whole = student * machine.shards
-    if student > missing > 0:
-        shards = 2 ** math.ceil(math.log2(whole / (student - missing)))
-        ways.append(
-            f"ModelParallelStrategy over {shards} devices (now {machine.shards}) keeps less of the student on one"
-        )
+        if isinstance(teacher, LocalTeacher) and teacher.dtype in ("auto", "float32"):
+            yield f"model.teachers.{name}.init_args.dtype=bfloat16 halves that teacher if it is in float32"
+    fixed = phase.peak - sum(phase.bytes.get(kind, 0) for kind in VARIABLE.get(phase.name, ()))
+    if 0 < fixed - limit < student:
+        shards = 2 ** math.ceil(math.log2(student * machine.shards / (student - fixed + limit)))
+        yield f"ModelParallelStrategy over {shards} devices or more (now {machine.shards}) leaves room for batches"
     if machine.precision not in ("bf16-true", "16-true"):
-        ways.append(f"precision bf16-true halves what the student takes, {student / 2 / GIB:.1f} GiB, at some loss")
-    return ways or ["take a smaller student or teacher, or a device with more memory"]
+        yield f"trainer.precision=bf16-true saves {student / 2 / GIB:.2f} GiB and costs accuracy of the updates"
+    yield "a smaller student or teacher, or a device with more memory"

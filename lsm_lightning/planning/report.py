@@ -74,8 +74,8 @@ def _memory(of_task: TaskPlan) -> Table:
         where = ", ".join(f"{kind} {_gib(size)}" for kind, size in kinds if size >= SHOWN * phase.peak)
         table.add_row(phase.name, _gib(phase.peak), where, style="bold" if phase.peak == highest else None)
     table.caption = (
-        f"Logits of the whole vocabulary, which are never made, would add {_gib(rehearsal.logits_never_made)} GiB to the "
-        "update (float32, and their gradient)."
+        f"Logits of the whole vocabulary, which are never made, would add {_gib(rehearsal.logits_never_made)} GiB to "
+        "the update (float32, and their gradient)."
     )
     return table
 

@@ -13,6 +13,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -22,13 +23,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from lsm_lightning.batching import TokenBatch, hidden_states
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
-from lsm_lightning.objectives import Positions
-from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.objectives import Positions, head
+from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
-from lsm_lightning.rollout import LocalEngine, Sampling
+from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.local import sample
-from lsm_lightning.teacher import LocalTeacher
+from lsm_lightning.teacher import LocalTeacher, Teacher
 from lsm_lightning.teacher.local import LOGITS_AT_ONCE
 from lsm_lightning.types import Support
 from lsm_lightning.update import WATCHED_POSITIONS
@@ -135,7 +136,7 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of another kind than
             those that run in this process.
     """
-    others = [module.engine] if not isinstance(module.engine, LocalEngine) else []
+    others: list[Engine | Teacher] = [] if isinstance(module.engine, LocalEngine) else [module.engine]
     others += [teacher for teacher in module.teachers.values() if not isinstance(teacher, LocalTeacher)]
     if others:
         raise ConfigurationError(
@@ -145,7 +146,7 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
     watch = Watch()
     with watch.pretend():
         step = _Step(module, lengths, machine, watch)
-        step.evaluate()
+        step.evaluate(task)
         step.first_optimiser_step()
         step.rollout()
         step.score(task)
@@ -189,15 +190,14 @@ class _Step:
 
     # ---- phases -----------------------------------------------------------------------------------------------------
 
-    def evaluate(self) -> None:
-        """Each teacher plays the test split, before the first step."""
-        for name, teacher in self.module.teachers.items():
-            assert isinstance(teacher, LocalTeacher)
-            self.watch.restart()
-            rows = min(teacher.batch_size, self.lengths.test_episodes)
-            if rows:
-                self._write(self.teachers[name], rows, rows, self.module.eval_sampling)
-                self._note(f"evaluate {name} teacher")
+    def evaluate(self, task: str) -> None:
+        """The teacher plays the test split, before the first step."""
+        teacher = self.module.teachers[task]
+        assert isinstance(teacher, LocalTeacher)
+        self.watch.restart()
+        if rows := min(teacher.batch_size, self.lengths.test_episodes):
+            self._write(self.teachers[task], rows, rows, self.module.eval_sampling)
+            self._note("evaluation")
 
     def first_optimiser_step(self) -> None:
         """Makes the optimizer's state, which is there in every later step."""
@@ -240,27 +240,29 @@ class _Step:
         with torch.no_grad(), self.watch.label("teacher's activations"):
             hidden = hidden_states(model, self._batch(lengths.rows(teacher.batch_tokens)))
             with self.watch.label("teacher's logits"):
-                of_body, head = self.watch.flops, OutputHead.of(model)
-                part = hidden[: max(1, LOGITS_AT_ONCE // head.weight.shape[0])].clone()
-                _top_tokens(head, part, self.module.objective.teacher_tokens)
+                of_body, of_teacher = self.watch.flops, OutputHead.of(model)
+                part = hidden[: max(1, LOGITS_AT_ONCE // of_teacher.weight.shape[0])].clone()
+                _top_tokens(of_teacher, part, self.module.objective.teacher_tokens)
             flops = of_body + (self.watch.flops - of_body) * len(hidden) / len(part)
         self._note("teacher", flops={"teacher": flops * lengths.batches(teacher.batch_tokens)})
 
     def update(self) -> None:
-        """Two micro-batches, the second beside the gradients of the first; then the optimiser."""
+        """A micro-batch, beside the gradients of an earlier one where there are several; then the optimiser."""
         lengths, tokens = self.lengths, self.module.micro_batch_tokens
         rows, batches = lengths.rows(tokens), lengths.batches(tokens)
+        if batches > 1 and not self._sharded:
+            self._make_gradients()
         handles = [p.register_post_accumulate_grad_hook(self._gradient) for p in self.trained]
         self.watch.restart()
-        forward, backward = self._micro_batches(rows, min(2, batches))
+        forward, backward = self._micro_batch(rows, first=batches == 1)
         for handle in handles:
             handle.remove()
+        work: dict[str, float] = {"forward": forward * batches, "backward": backward * batches}
+        if self.module.objective.student_tokens:
+            work["student's support"] = forward * batches
         more = {"gathered units": self.gathered, "DDP's buckets": self.buckets}
         if self._sharded:
             more["gradients"] = self.trained_bytes // self.machine.shards
-        work = {"forward": forward * batches, "backward": backward * batches}
-        if self.module.objective.student_tokens:
-            work["student's support"] = forward * batches
         self._note("update", flops=work, more=more)
         self._optimiser_step()
         vocabulary = OutputHead.of(self.student).weight.shape[0]
@@ -320,7 +322,7 @@ class _Step:
             watch.peak, watch.at_peak = peak, at_peak
         model.set_attn_implementation(implementation)
         embedding: Any = model.get_input_embeddings()
-        read = sum(parameter.nbytes for parameter in model.parameters())
+        read: float = sum(parameter.nbytes for parameter in model.parameters())
         if embedding.weight is not layer.weight:
             read -= embedding.weight.nbytes  # of which one row a token is read
         read += of_cache * (lengths.prompt + lengths.new / 2) / lengths.sequence
@@ -345,22 +347,24 @@ class _Step:
             hook.remove()
             return output.logits[:, -1].float()
 
-    def _micro_batches(self, rows: int, number: int) -> tuple[int, int]:
-        """As `accumulate_gradients` runs them, its variables as long alive; FLOPs of one, forward and backward."""
-        watch, flops = self.watch, [0]
+    def _micro_batch(self, rows: int, *, first: bool) -> tuple[int, int]:
+        """As `accumulate_gradients` runs it, its variables as long alive; FLOPs forward and backward."""
+        watch, chunk = self.watch, GATHER_ELEMENTS_GPU if self.machine.gpu else GATHER_ELEMENTS
         with _autocast(self.machine.compute):
-            for _ in range(number):
-                with watch.label("activations"):
-                    positions = self._positions(hidden_states(self.student, self._batch(rows)))
-                with watch.label("head's buffers"):
-                    with _autocast(None):
-                        loss = self.module.objective(OutputHead.of(self.student), positions)
-                    summed = (loss.value * torch.empty(len(loss.value))).sum()
-                flops.append(watch.flops)
+            with watch.label("activations"):
+                earlier = None if first else torch.empty((rows * self.lengths.new, self.student.config.hidden_size))
+                hidden = hidden_states(self.student, self._batch(rows))
+                positions = self._positions(hidden)
+                del hidden
+            del earlier  # the last micro-batch's positions
+            with watch.label("head's buffers"), patch.object(head, "GATHER_ELEMENTS", chunk):
+                with _autocast(None):
+                    loss = self.module.objective(OutputHead.of(self.student), positions)
+                summed = (loss.value * torch.empty(len(loss.value))).sum()
+                forward = watch.flops
                 with watch.label("backward's temporaries"):
                     summed.backward()
-                flops.append(watch.flops)
-        return flops[-2] - flops[-3], flops[-1] - flops[-2]
+        return forward, watch.flops - forward
 
     def _batch(self, rows: int) -> TokenBatch:
         new, sequence = self.lengths.new, self.lengths.sequence
