@@ -68,7 +68,7 @@ def folder(student_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
     """A model with little vocabulary beside its layers, of which only the configuration is left."""
     path = save_tiny(
         tmp_path_factory.mktemp("plan"), student_tokenizer, hidden_size=64, intermediate_size=160,
-        num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
     )  # fmt: skip
     (path / "model.safetensors").unlink()
     return path

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -53,8 +54,8 @@ PLANNED_GPU = "H100"
 PLANNED_GPU_MEMORY = 80 * 2**30
 
 
-def gpu(*, half: bool) -> Device:
-    """The GPU at hand, or else an 80 GB H100; compute in half or single precision."""
+def gpu(*, half: bool, flops: float | None = None, bandwidth: float | None = None) -> Device:
+    """The GPU at hand, or else an 80 GB H100; what is not given is a share of its peak in half or single precision."""
     name, memory = PLANNED_GPU, PLANNED_GPU_MEMORY
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(0)
@@ -64,28 +65,25 @@ def gpu(*, half: bool) -> Device:
     return Device(
         name=name if known in name else f"{name}, as fast as one {known}",
         memory=memory,
-        flops=ACHIEVED_FLOPS * 1e12 * (peak.half if half else peak.single),
-        bandwidth=ACHIEVED_BANDWIDTH * 1e9 * peak.bandwidth,
+        flops=flops or ACHIEVED_FLOPS * 1e12 * (peak.half if half else peak.single),
+        bandwidth=bandwidth or ACHIEVED_BANDWIDTH * 1e9 * peak.bandwidth,
     )
 
 
-def cpu(processes: int, *, half: bool) -> Device:
-    """This machine's processor, measured for about a second, and its memory, shared by so many processes."""
+def cpu(processes: int, *, half: bool, flops: float | None = None, bandwidth: float | None = None) -> Device:
+    """This machine's processor, and its memory, shared by so many processes; what is not given is measured."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / processes
-    size = 512
-    factor = torch.ones(size, size, dtype=torch.bfloat16 if half else torch.float32)
-    buffer = torch.ones(2**25)
-    return Device(
-        name=f"CPU, {torch.get_num_threads()} threads",
-        memory=memory,
-        flops=2 * size**3 * _rate(lambda: factor @ factor),
-        bandwidth=2 * buffer.nbytes * _rate(buffer.clone),
-    )
+    if flops is None:
+        factor = torch.ones(512, 512, dtype=torch.bfloat16 if half else torch.float32)
+        flops = 2 * 512**3 * _rate(lambda: factor @ factor)
+    if bandwidth is None:
+        buffer = torch.ones(2**25)
+        bandwidth = 2 * buffer.nbytes * _rate(buffer.clone)
+    return Device(name=f"CPU, {torch.get_num_threads()} threads", memory=memory, flops=flops, bandwidth=bandwidth)
 
 
-def _rate(work: object, seconds: float = 0.4) -> float:
+def _rate(work: Callable[[], object], seconds: float = 0.5) -> float:
     """How often a second something can be done."""
-    assert callable(work)
     work()
     started, times = time.perf_counter(), 0
     while (spent := time.perf_counter() - started) < seconds:

@@ -4,7 +4,8 @@ import copy
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -101,13 +102,14 @@ def plan(
     """
     machine = machine_of(trainer)
     half = machine.precision.startswith(("bf16", "16"))
-    device = gpu(half=half) if machine.gpu else cpu(_devices(trainer, gpu=False), half=half)
-    device = Device(
-        name=device.name,
-        memory=device.memory if device_memory is None else device_memory * GIB,
-        flops=device.flops if tflops is None else tflops * 1e12,
-        bandwidth=device.bandwidth if bandwidth is None else bandwidth * 1e9,
-    )
+    rates = {
+        "flops": None if tflops is None else tflops * 1e12,
+        "bandwidth": None if bandwidth is None else bandwidth * 1e9,
+    }
+    on_cpu = partial(cpu, _devices(trainer, gpu=False))
+    device = (gpu if machine.gpu else on_cpu)(half=half, **rates)
+    if device_memory is not None:
+        device = replace(device, memory=device_memory * GIB)
     tasks = []
     for name, task in data.tasks.items():
         lengths = _lengths(module, data, name, task, machine, prompt_tokens, evaluate=evaluate)

@@ -32,7 +32,7 @@ def show(plan: Plan, console: Console) -> None:
         f"{'it fits' if plan.fits else 'it does not fit'} ({100 * USABLE:.0f} % count as usable)."
     )
     if machine.gpu:
-        console.print(f"While loading, each process takes {first.host / GIB:.1f} GiB of the machine's memory.")
+        console.print(f"While it loads, a process takes {first.host / GIB:.1f} GiB of the machine's memory.")
     for line in plan.advice:
         console.print(f"- {line}")
 

@@ -159,20 +159,26 @@ class _Step:
 
     def __init__(self, module: OnPolicyDistillation, lengths: Lengths, machine: Machine, watch: Watch) -> None:
         self.module, self.lengths, self.machine, self.watch = module, lengths, machine, watch
+        self.optimizer: torch.optim.Optimizer
         with watch.label("student weights"):
-            self.student = _model(module.student_name, module.dtype_name).train()
+            student = _model(module.student_name, module.dtype_name).train()
             if machine.whole_type is not None:
-                self.student = self.student.to(machine.whole_type)
+                student = student.to(machine.whole_type)
+            size = _size(student)
+            if self._sharded and machine.compute is not None:
+                student = student.to(machine.compute)  # in which FSDP2 gathers it; the shards keep their own type
         if getattr(module, "activation_checkpointing", False):
-            self.student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        watch.weights(self.student)
-        self.trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        self.trained_bytes = sum(parameter.nbytes for parameter in self.trained)
-        self.gathered = _gathered(self.student) if self._sharded else 0
-        self.buckets = self.trained_bytes if machine.processes > 1 and not self._sharded else 0
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        watch.weights(student)
+        self.student = student
+        self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.share = size / _size(student) / machine.shards
+        """Bytes on this device for each byte of the student as it is rehearsed."""
+        self.gathered = _gathered(student) if self._sharded else 0
+        self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
         """DDP lays gradients out once more, to send them."""
         self.teachers: dict[str, PreTrainedModel] = {}
-        host = watch.live["student weights"]
+        host = size
         self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
         for name, teacher in module.teachers.items():
             assert isinstance(teacher, LocalTeacher)
@@ -262,7 +268,7 @@ class _Step:
             work["student's support"] = forward * batches
         more = {"gathered units": self.gathered, "DDP's buckets": self.buckets}
         if self._sharded:
-            more["gradients"] = self.trained_bytes // self.machine.shards
+            more["gradients"] = round(self.share * self._gradient_bytes)
         self._note("update", flops=work, more=more)
         self._optimiser_step()
         vocabulary = OutputHead.of(self.student).weight.shape[0]
@@ -282,13 +288,17 @@ class _Step:
     def _sharded(self) -> bool:
         return self.machine.shards > 1
 
+    @property
+    def _gradient_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.trained)
+
     def _note(
         self, name: str, *, flops: dict[str, float] | None = None, read: float = 0.0, more: dict[str, int] | None = None
     ) -> None:
         """Write a phase down, with what is spread over processes divided among them."""
         found = Counter(self.watch.at_peak)
         for kind in ("student weights", "gradients", "optimiser state", "optimiser's temporaries"):
-            found[kind] = -(-found[kind] // self.machine.shards)
+            found[kind] = round(self.share * found[kind])
         found.update(more or {})
         kept = {kind: size for kind, size in found.most_common() if size > 0}
         self.result.phases.append(Phase(name=name, bytes=kept, flops=flops or {}, read=read))
@@ -433,16 +443,22 @@ def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None) -> None:
     torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), merged, -torch.inf).topk(k or merged.shape[1], -1)
 
 
-def _gathered(student: PreTrainedModel) -> int:
-    """Bytes of whole weights that FSDP2 holds at once.
+def _size(model: PreTrainedModel) -> int:
+    """Bytes of its weights and buffers."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
-    The layer that computes, the one fetched for later and the gradient of one (three layers of weights), and all the
-    while what belongs to no layer: the root unit stays gathered from forward to backward pass, and the head's matrix
-    is gathered for the K-row head.
+
+def _gathered(student: PreTrainedModel) -> int:
+    """Bytes that FSDP2 holds at once besides a process's own part.
+
+    Two layers (the one that computes and the one fetched meanwhile), the gradient of one, and that again in float32 on
+    its way to the processes; and all the while what belongs to no layer: the root unit stays gathered from forward to
+    backward pass, and the matrix of the K-row head is gathered for it.
     """
     body: Any = student.base_model
     layers = [sum(p.nbytes for p in layer.parameters()) for layer in body.layers]
-    return 3 * max(layers) + sum(p.nbytes for p in student.parameters()) - sum(layers)
+    sent = max(sum(4 * p.numel() for p in layer.parameters()) for layer in body.layers)
+    return 3 * max(layers) + sent + sum(p.nbytes for p in student.parameters()) - sum(layers)
 
 
 def _autocast(dtype: torch.dtype | None) -> torch.autocast:
