@@ -82,7 +82,7 @@ class CLI(LightningCLI):
     def plan(self, **kwargs: Any) -> None:
         """Tell where memory and time will go."""
         evaluate = self._get(self.config_init, "summary").evaluate
-        tell_plan(trainer=self._get(self.config_init, "trainer"), evaluate=evaluate, **kwargs)
+        tell_plan(trainer=self._get(self.config_init, "trainer").as_dict(), evaluate=evaluate, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder."""

@@ -160,31 +160,31 @@ class _Step:
     def __init__(self, module: OnPolicyDistillation, lengths: Lengths, machine: Machine, watch: Watch) -> None:
         self.module, self.lengths, self.machine, self.watch = module, lengths, machine, watch
         self.optimizer: torch.optim.Optimizer
+        own = machine.whole_type or _type(module.student_name, module.dtype_name)
         with watch.label("student weights"):
-            student = _model(module.student_name, module.dtype_name).train()
-            if machine.whole_type is not None:
-                student = student.to(machine.whole_type)
-            size = _size(student)
-            if self._sharded and machine.compute is not None:
-                student = student.to(machine.compute)  # in which FSDP2 gathers it; the shards keep their own type
+            # FSDP2 gathers and computes in the compute type; the shards keep their own.
+            dtype = machine.compute or own if self._sharded else own
+            student = _model(module.student_name, dtype).train()
         if getattr(module, "activation_checkpointing", False):
             student.activation_checkpointing_enable({"use_reentrant": False})
         watch.weights(student)
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
-        self.share = size / _size(student) / machine.shards
+        self.share = own.itemsize / dtype.itemsize / machine.shards
         """Bytes on this device for each byte of the student as it is rehearsed."""
         self.gathered = _gathered(student) if self._sharded else 0
         self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
         """DDP lays gradients out once more, to send them."""
         self.teachers: dict[str, PreTrainedModel] = {}
-        host = size
+        host = watch.live["student weights"] * own.itemsize // dtype.itemsize
         self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
         for name, teacher in module.teachers.items():
             assert isinstance(teacher, LocalTeacher)
             before = watch.live["teachers' weights"]
             with watch.label("teachers' weights"):
-                self.teachers[name] = _model(teacher.path, teacher.dtype).requires_grad_(False).eval()
+                self.teachers[name] = (
+                    _model(teacher.path, _type(teacher.path, teacher.dtype)).requires_grad_(False).eval()
+                )
             self.result.host = max(self.result.host, host + watch.live["teachers' weights"] - before)
         extra = 0 if module.objective.teacher_tokens is None else module.objective.student_tokens
         extra += module.objective.adds_sampled
@@ -423,16 +423,22 @@ class _Cache(DynamicCache):
             return super().update(*arguments, **options)
 
 
-def _model(name: str, dtype: DType | torch.dtype) -> PreTrainedModel:
+def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """The model class that `load_model` would load, without weights."""
-    check_model(name)
     config = AutoConfig.from_pretrained(locate(name))
-    if isinstance(dtype, str):
-        dtype = config.dtype or torch.float32 if dtype == "auto" else getattr(torch, dtype)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if model.config._attn_implementation == "sdpa":
         model.set_attn_implementation(UNMASKED)
     return model
+
+
+def _type(name: str, dtype: DType) -> torch.dtype:
+    """The type that `load_model` would load weights in."""
+    check_model(name)
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    saved = AutoConfig.from_pretrained(locate(name)).dtype
+    return saved if isinstance(saved, torch.dtype) else torch.float32
 
 
 def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None) -> None:
@@ -441,11 +447,6 @@ def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None) -> None:
     ends = torch.zeros(1, dtype=torch.long)
     merged = log_probs.index_fill(-1, ends, -torch.inf).index_copy_(-1, ends, log_probs[:, :1])
     torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), merged, -torch.inf).topk(k or merged.shape[1], -1)
-
-
-def _size(model: PreTrainedModel) -> int:
-    """Bytes of its weights and buffers."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def _gathered(student: PreTrainedModel) -> int:
