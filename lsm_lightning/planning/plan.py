@@ -220,6 +220,9 @@ def _ways(
         yield f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB"
     variable = sum(phase.bytes.get(kind, 0) for kind in VARIABLE.get(phase.name, ()))
     room = limit - (phase.peak - variable)
+    if phase.name == "update":  # of which smaller ones have the gradients of those before them beside them
+        gradients = of_task.rehearsal.phases[-1].bytes["gradients"]
+        room -= max(0, gradients - phase.bytes.get("gradients", 0))
     if room > 0:
         yield _smaller(module, of_task, phase.name, room / variable)
     else:

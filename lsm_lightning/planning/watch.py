@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -25,7 +25,7 @@ class _Block:
 
 
 class Watch(TorchDispatchMode):
-    """Counts the bytes of the tensors alive, by kind, and the FLOPs of matrix products.
+    """Counts the bytes of the tensors made inside it and alive, by kind, and the FLOPs of matrix products.
 
     What runs inside `pretend` sees fake tensors: they have a shape and a type, and no memory. What depends on their
     values gets an answer that makes the most work: every row of a boolean index counts, as many as `counts` says, and
@@ -110,7 +110,7 @@ class Watch(TorchDispatchMode):
             return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
 
     def _places(self, index: Tensor | None) -> Tensor | None:
-        if index is None or index.dtype is not torch.bool:
+        if not isinstance(index, FakeTensor) or index.dtype is not torch.bool:
             return index
         # Made below this mode, since it is no memory of the code that is watched.
         return index.new_empty(self._counts.get(id(index), index.numel()), dtype=torch.long)
