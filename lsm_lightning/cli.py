@@ -31,6 +31,7 @@ from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.export import export
 from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.planning.command import tell_plan
 from lsm_lightning.pretrained import DType
 
 
@@ -42,14 +43,21 @@ class Parser(LightningArgumentParser):
         raise ConfigurationError(_with_suggestion(_one_line(message), self)) from ex
 
 
+class RunOrPlan(Trainer):
+    """Lightning's trainer with one more command. It needs no trainer: one would ask for devices that are not there."""
+
+    plan = staticmethod(tell_plan)
+
+
 class CLI(LightningCLI):
-    """`fit` and `validate`; the seed is one setting, and progress, summary and checkpoints belong to every run."""
+    """`fit`, `validate`, `plan`; the seed is one setting; progress, summary and checkpoints belong to every run."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer functions that this module has steps for."""
+        """The trainer functions that this module has steps for, and the planner."""
         own = ("fit", "validate")
-        return {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in own}
+        commands = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in own}
+        return commands | {"plan": {"model", "datamodule", "trainer", "evaluate"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what does not come from the model and the data."""
@@ -69,6 +77,20 @@ class CLI(LightningCLI):
                 "checkpoint.enable_version_counter": False,
             }
         )
+
+    def instantiate_classes(self) -> None:
+        """Make what the command line describes; for a plan, all but the trainer."""
+        if self.subcommand != "plan":
+            super().instantiate_classes()
+            return
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
+        self.trainer = self.trainer_class  # type: ignore[assignment]  # asked for the command's name only
+
+    def plan(self, **kwargs: Any) -> None:
+        """Tell where memory and time will go."""
+        evaluate = self._get(self.config_init, "summary").evaluate
+        tell_plan(trainer=self._get(self.config_init, "trainer").as_dict(), evaluate=evaluate, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder."""
@@ -212,6 +234,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
     return CLI(
         OnPolicyDistillation,
         AlternatingTasks,
+        trainer_class=RunOrPlan,
         args=None if arguments is None else list(arguments),
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,

@@ -51,6 +51,8 @@ class Task(ABC):
     """
 
     max_new_tokens: int
+    max_turns: int = 1
+    """Most turns of an episode."""
 
     @abstractmethod
     def setup(self) -> None:

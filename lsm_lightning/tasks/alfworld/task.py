@@ -152,7 +152,7 @@ class AlfworldGames(Task):
         self._folders: dict[Split, str | None] = {"train": train_games, "test": test_games}
         self._paths: dict[Split, Sequence[Path]] = {}
         self._world, self._seed, self._test_size = world, seed, test_size
-        self._max_turns, self._history, self._give_up_after = max_turns, history, give_up_after
+        self.max_turns, self._history, self._give_up_after = max_turns, history, give_up_after
         self._template = prompt if isinstance(prompt, PromptTemplate) else PROMPTS[prompt]
         self._template.check()
         self._projection: ProjectionName = projection
@@ -196,7 +196,7 @@ class AlfworldGames(Task):
             self._game(split, index),
             template=self._template,
             projection=PROJECTIONS[self._projection],
-            max_turns=self._max_turns,
+            max_turns=self.max_turns,
             history=self._history,
             give_up_after=self._give_up_after if split == "train" else None,
         )

@@ -1,0 +1,467 @@
+"""One training step, rehearsed: the real model classes and the real objective on tensors without memory.
+
+No formula here knows an architecture. What is assumed instead:
+
+- Lengths are the worst that a run can meet: every prompt has the length asked about, every answer `max_new_tokens`.
+- Attention runs in a fused kernel that keeps no scores, as torch's does on GPUs and CPUs alike. A model that
+  transformers runs with `eager` attention (Gemma 2, say) is rehearsed so.
+- Kernels need no memory of their own, and an allocator loses none; a GPU's context (about 0.5 GiB) is not counted.
+- Packing is planned as padding: the tokens are as many.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from lsm_lightning.batching import TokenBatch, hidden_states
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.objectives import Positions, head
+from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
+from lsm_lightning.planning.watch import Watch
+from lsm_lightning.pretrained import DType, check_model, locate
+from lsm_lightning.rollout import Engine, LocalEngine, Sampling
+from lsm_lightning.rollout.local import sample
+from lsm_lightning.teacher import LocalTeacher, Teacher
+from lsm_lightning.teacher.local import LOGITS_AT_ONCE
+from lsm_lightning.types import Support
+from lsm_lightning.update import WATCHED_POSITIONS
+
+# An attention without a mask function: transformers then makes no mask and leaves causality to the kernel. With fake
+# tensors it would always make one, since it cannot see that nothing is masked.
+UNMASKED = "sdpa_without_mask"
+AttentionInterface.register(UNMASKED, sdpa_attention_forward)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lengths:
+    """What one process does in one step of a task."""
+
+    prompt: int
+    """Tokens of a prompt."""
+    new: int
+    """Tokens of an answer."""
+    episodes: int
+    """On this process."""
+    samples: int
+    """Episodes that share a prompt in their first turn."""
+    turns: int
+    """Of an episode."""
+    test_episodes: int
+    """That this process plays at once when teachers are evaluated; 0 where they are not."""
+
+    @property
+    def sequence(self) -> int:
+        """Tokens of prompt and answer."""
+        return self.prompt + self.new
+
+    def rows(self, tokens: int) -> int:
+        """How many sequences go through a model together where so many tokens are allowed."""
+        return min(max(1, tokens // self.sequence), self.episodes * self.turns)
+
+    def batches(self, tokens: int) -> int:
+        """How many times."""
+        return math.ceil(self.episodes * self.turns / self.rows(tokens))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What the trainer's settings make of a process."""
+
+    processes: int = 1
+    shards: int = 1
+    """Over so many processes FSDP2 spreads the student's weights, gradients and optimiser state."""
+    precision: str = "32-true"
+    gpu: bool = False
+
+    @property
+    def compute(self) -> torch.dtype | None:
+        """The type that autocast computes in."""
+        return {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}.get(self.precision)
+
+    @property
+    def whole_type(self) -> torch.dtype | None:
+        """The type that the whole student is converted to."""
+        return {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(self.precision)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """What one part of a step takes on one device."""
+
+    name: str
+    bytes: dict[str, int]
+    """By kind, at the moment of the peak."""
+    flops: dict[str, float] = field(default_factory=dict)
+    """Of a whole step, by kind of work."""
+    read: float = 0.0
+    """Bytes of weights and KV cache that decoding reads in a whole step."""
+
+    @property
+    def peak(self) -> int:
+        """Bytes."""
+        return sum(self.bytes.values())
+
+
+@dataclass(kw_only=True)
+class Rehearsal:
+    """A step's phases in order, and what else a plan tells about it."""
+
+    phases: list[Phase] = field(default_factory=list)
+    parameters: int = 0
+    """Of the student."""
+    logits_never_made: int = 0
+    """Bytes of a micro-batch's float32 logits over the vocabulary and of their gradient."""
+    host: int = 0
+    """Bytes in the machine's memory while a process loads, since weights go through it on their way to a GPU."""
+
+
+def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *, task: str) -> Rehearsal:
+    """Go through one step of a task.
+
+    Args:
+        module: As the command line builds it; nothing is loaded.
+        lengths: Of what it would do.
+        machine: On what.
+        task: Whose teacher scores. All teachers are in memory.
+
+    Raises:
+        ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of another kind than
+            those that run in this process.
+    """
+    others: list[Engine | Teacher] = [] if isinstance(module.engine, LocalEngine) else [module.engine]
+    others += [teacher for teacher in module.teachers.values() if not isinstance(teacher, LocalTeacher)]
+    if others:
+        raise ConfigurationError(
+            f"A plan knows LocalEngine and LocalTeacher, not {type(others[0]).__name__}: put the local class in its "
+            "place, and leave out of the plan what it takes."
+        )
+    watch = Watch()
+    with watch.pretend():
+        step = _Step(module, lengths, machine, watch)
+        step.evaluate(task)
+        step.first_optimiser_step()
+        step.rollout()
+        step.score(task)
+        step.update()
+    return step.result
+
+
+class _Step:
+    """The state of a rehearsal: models, optimizer, and what was found so far."""
+
+    def __init__(self, module: OnPolicyDistillation, lengths: Lengths, machine: Machine, watch: Watch) -> None:
+        self.module, self.lengths, self.machine, self.watch = module, lengths, machine, watch
+        self.optimizer: torch.optim.Optimizer
+        own = machine.whole_type or _type(module.student_name, module.dtype_name)
+        with watch.label("student weights"):
+            # FSDP2 gathers and computes in the compute type; the shards keep their own.
+            dtype = machine.compute or own if self._sharded else own
+            student = _model(module.student_name, dtype).train()
+        if getattr(module, "activation_checkpointing", False):
+            student.activation_checkpointing_enable({"use_reentrant": False})
+        watch.weights(student)
+        self.student = student
+        self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
+        self.share = own.itemsize / dtype.itemsize / machine.shards
+        """Bytes on this device for each byte of the student as it is rehearsed."""
+        self.gathered = _gathered(student) if self._sharded else 0
+        self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
+        """DDP lays gradients out once more, to send them."""
+        self.teachers: dict[str, PreTrainedModel] = {}
+        host = watch.live["student weights"] * own.itemsize // dtype.itemsize
+        self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
+        for name, teacher in module.teachers.items():
+            assert isinstance(teacher, LocalTeacher)
+            before = watch.live["teachers' weights"]
+            with watch.label("teachers' weights"):
+                self.teachers[name] = (
+                    _model(teacher.path, _type(teacher.path, teacher.dtype)).requires_grad_(False).eval()
+                )
+            self.result.host = max(self.result.host, host + watch.live["teachers' weights"] - before)
+        extra = 0 if module.objective.teacher_tokens is None else module.objective.student_tokens
+        extra += module.objective.adds_sampled
+        vocabulary: int = OutputHead.of(self.student).weight.shape[0]
+        tokens = module.objective.teacher_tokens
+        self.members = (vocabulary if tokens is None else tokens) + extra
+        watch.restart()
+        self._note("load")
+
+    # ---- phases -----------------------------------------------------------------------------------------------------
+
+    def evaluate(self, task: str) -> None:
+        """The teacher plays the test split, before the first step."""
+        teacher = self.module.teachers[task]
+        assert isinstance(teacher, LocalTeacher)
+        self.watch.restart()
+        if rows := min(teacher.batch_size, self.lengths.test_episodes):
+            self._write(self.teachers[task], rows, rows, self.module.eval_sampling)
+            self._note("evaluation")
+
+    def first_optimiser_step(self) -> None:
+        """Makes the optimizer's state, which is there in every later step."""
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        self._make_gradients()
+        self.optimizer = self.module.optimizer_of(trained)
+        for group in self.optimizer.param_groups:
+            if self.machine.gpu and "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # what torch chooses there
+        with self.watch.label("optimiser state"):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def rollout(self) -> None:
+        """The first prompts, and the last token of answers that are as long as can be."""
+        engine, lengths = self.module.engine, self.lengths
+        assert isinstance(engine, LocalEngine)
+        self.watch.restart()
+        with self.watch.label("rollout replica"):
+            dtype = self.student.dtype if engine.dtype == "auto" else getattr(torch, engine.dtype)
+            self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
+        rows = min(engine.batch_size, lengths.episodes)
+        distinct = math.ceil(rows / lengths.samples)
+        prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling)
+        rounds = math.ceil(lengths.episodes / rows) * lengths.turns
+        # Sharded weights come into the replica one at a time.
+        largest = max(p.nbytes for p in self.student.parameters()) if self._sharded else 0
+        self._note(
+            "rollout",
+            flops={"prefill": prefill * rounds, "decode": decode * rounds},
+            read=read * rounds,
+            more={"gathered units": largest},
+        )
+
+    def score(self, task: str) -> None:
+        """The task's teacher reads what was written."""
+        teacher, model, lengths = self.module.teachers[task], self.teachers[task], self.lengths
+        assert isinstance(teacher, LocalTeacher)
+        self.watch.restart()
+        with torch.no_grad(), self.watch.label("teacher's activations"):
+            hidden = hidden_states(model, self._batch(lengths.rows(teacher.batch_tokens)))
+            with self.watch.label("teacher's logits"):
+                of_body, of_teacher = self.watch.flops, OutputHead.of(model)
+                part = hidden[: max(1, LOGITS_AT_ONCE // of_teacher.weight.shape[0])].clone()
+                _top_tokens(of_teacher, part, self.module.objective.teacher_tokens)
+            flops = of_body + (self.watch.flops - of_body) * len(hidden) / len(part)
+        self._note("teacher", flops={"teacher": flops * lengths.batches(teacher.batch_tokens)})
+
+    def update(self) -> None:
+        """A micro-batch, beside the gradients of an earlier one where there are several; then the optimiser."""
+        lengths, tokens = self.lengths, self.module.micro_batch_tokens
+        rows, batches = lengths.rows(tokens), lengths.batches(tokens)
+        if batches > 1 and not self._sharded:
+            self._make_gradients()
+        handles = [p.register_post_accumulate_grad_hook(self._gradient) for p in self.trained]
+        self.watch.restart()
+        forward, backward = self._micro_batch(rows, first=batches == 1)
+        for handle in handles:
+            handle.remove()
+        work: dict[str, float] = {"forward": forward * batches, "backward": backward * batches}
+        if self.module.objective.student_tokens:
+            work["student's support"] = forward * batches
+        more = {"gathered units": self.gathered, "DDP's buckets": self.buckets}
+        if self._sharded:
+            more["gradients"] = round(self.share * self._gradient_bytes)
+        self._note("update", flops=work, more=more)
+        self._optimiser_step()
+        vocabulary = OutputHead.of(self.student).weight.shape[0]
+        self.result.logits_never_made = 2 * 4 * rows * lengths.new * vocabulary
+
+    def _optimiser_step(self) -> None:
+        self._make_gradients()
+        self.watch.restart()
+        torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.module.gradient_clip)
+        with self.watch.label("optimiser's temporaries"):
+            self.optimizer.step()
+        self._note("optimiser", more={"DDP's buckets": self.buckets})
+
+    # ---- their parts ------------------------------------------------------------------------------------------------
+
+    @property
+    def _sharded(self) -> bool:
+        return self.machine.shards > 1
+
+    @property
+    def _gradient_bytes(self) -> int:
+        return sum(parameter.nbytes for parameter in self.trained)
+
+    def _note(
+        self, name: str, *, flops: dict[str, float] | None = None, read: float = 0.0, more: dict[str, int] | None = None
+    ) -> None:
+        """Write a phase down, with what is spread over processes divided among them."""
+        found = Counter(self.watch.at_peak)
+        for kind in ("student weights", "gradients", "optimiser state", "optimiser's temporaries"):
+            found[kind] = round(self.share * found[kind])
+        found.update(more or {})
+        kept = {kind: size for kind, size in found.most_common() if size > 0}
+        self.result.phases.append(Phase(name=name, bytes=kept, flops=flops or {}, read=read))
+
+    @torch.no_grad()
+    def _write(
+        self, model: PreTrainedModel, rows: int, distinct: int, sampling: Sampling
+    ) -> tuple[float, float, float]:
+        """Prefill and the last step of decoding; FLOPs of both and bytes read for one batch of whole answers."""
+        watch, lengths = self.watch, self.lengths
+        implementation = model.config._attn_implementation
+        if implementation == UNMASKED:
+            model.set_attn_implementation("sdpa")  # prompts of many lengths are masked
+        cache = self._prefilled(model, distinct, lengths.prompt)
+        if distinct < rows:
+            with watch.label("KV cache"):
+                cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
+        prefill, peak, at_peak = watch.flops, watch.peak, watch.at_peak
+        # A cache as long as the answers get. It does not come about as it is made here, so the peak starts over.
+        cache = self._prefilled(model, rows, lengths.sequence - 1)
+        of_cache = watch.live["KV cache"]
+        watch.restart()
+        layer: Any = model.get_output_embeddings()
+        with watch.label("decoding logits"):
+            logits = torch.empty((rows, layer.weight.shape[0]))
+        self._forward(model, cache, rows, 1, lengths.sequence)
+        with watch.label("decoding logits"):
+            sample(logits, torch.empty(rows), sampling)
+        decode = watch.flops
+        if peak > watch.peak:
+            watch.peak, watch.at_peak = peak, at_peak
+        model.set_attn_implementation(implementation)
+        embedding: Any = model.get_input_embeddings()
+        read: float = sum(parameter.nbytes for parameter in model.parameters())
+        if embedding.weight is not layer.weight:
+            read -= embedding.weight.nbytes  # of which one row a token is read
+        read += of_cache * (lengths.prompt + lengths.new / 2) / lengths.sequence
+        return prefill, decode * lengths.new, read * lengths.new
+
+    def _prefilled(self, model: PreTrainedModel, rows: int, width: int) -> "_Cache":
+        cache = _Cache(self.watch, config=model.config)
+        if width:
+            self._forward(model, cache, rows, width, width)
+        return cache
+
+    def _forward(self, model: PreTrainedModel, cache: "_Cache", rows: int, width: int, seen: int) -> Tensor:
+        """Float32 logits of the last position, as `LocalEngine` asks for them; the mask covers what was seen."""
+        layer: Any = model.get_output_embeddings()
+        hook = layer.register_forward_pre_hook(lambda *_: setattr(self.watch, "kind", "decoding logits"))
+        with self.watch.label("rollout's activations"):
+            ids, positions = torch.zeros((2, rows, width), dtype=torch.long)
+            output = model(
+                input_ids=ids, attention_mask=torch.ones((rows, seen), dtype=torch.long), position_ids=positions,
+                cache=cache, use_cache=True, logits_to_keep=1,
+            )  # fmt: skip
+            hook.remove()
+            return output.logits[:, -1].float()
+
+    def _micro_batch(self, rows: int, *, first: bool) -> tuple[int, int]:
+        """As `accumulate_gradients` runs it, its variables as long alive; FLOPs forward and backward."""
+        watch, chunk = self.watch, GATHER_ELEMENTS_GPU if self.machine.gpu else GATHER_ELEMENTS
+        with _autocast(self.machine.compute):
+            with watch.label("activations"):
+                earlier = None if first else torch.empty((rows * self.lengths.new, self.student.config.hidden_size))
+                hidden = hidden_states(self.student, self._batch(rows))
+                positions = self._positions(hidden)
+                del hidden
+            del earlier  # the last micro-batch's positions
+            with watch.label("head's buffers"), patch.object(head, "GATHER_ELEMENTS", chunk):
+                with _autocast(None):
+                    loss = self.module.objective(OutputHead.of(self.student), positions)
+                summed = (loss.value * torch.empty(len(loss.value))).sum()
+                forward = watch.flops
+                with watch.label("backward's temporaries"):
+                    summed.backward()
+        return forward, watch.flops - forward
+
+    def _batch(self, rows: int) -> TokenBatch:
+        new, sequence = self.lengths.new, self.lengths.sequence
+        row = torch.zeros(rows * new, dtype=torch.long)
+        ids = torch.zeros((rows, sequence), dtype=torch.long)
+        return TokenBatch(ids=ids, position_ids=None, sequence=row, row=row, column=row, targets=row)
+
+    def _positions(self, hidden: Tensor) -> Positions:
+        n, step = len(hidden), self.lengths.episodes * self.lengths.turns * self.lengths.new
+        numbers, ids = torch.empty(n), torch.zeros(n, dtype=torch.long)
+        kept, watched = torch.empty((2, n), dtype=torch.bool)
+        support = Support(
+            ids=torch.zeros((n, self.members), dtype=torch.long),
+            log_probs=torch.empty((n, self.members)),
+            sampled=numbers, turn_end=numbers, lost=numbers, comparable=kept, alike=kept,
+        )  # fmt: skip
+        return Positions(
+            hidden=hidden[kept], sampled=ids, sampler_log_probs=numbers, turn=ids, support=support,
+            watched=self.watch.counts(watched, -(-n // max(1, step // WATCHED_POSITIONS))),
+        )  # fmt: skip
+
+    def _make_gradients(self) -> None:
+        with self.watch.label("gradients"):
+            for parameter in self.trained:
+                parameter.grad = torch.empty_like(parameter)
+
+    def _gradient(self, parameter: Tensor) -> None:
+        """Tell a gradient from other tensors of the backward pass; FSDP2 spreads it and frees the whole one."""
+        assert parameter.grad is not None
+        if self._sharded:
+            parameter.grad = None
+        else:
+            self.watch.relabel(parameter.grad, "gradients")
+
+
+class _Cache(DynamicCache):
+    """A cache whose tensors are counted as such."""
+
+    def __init__(self, watch: Watch, **options: Any) -> None:
+        super().__init__(**options)
+        self._watch = watch
+
+    def update(self, *arguments: Any, **options: Any) -> Any:
+        """See `DynamicCache.update`."""
+        with self._watch.label("KV cache"):
+            return super().update(*arguments, **options)
+
+
+def _model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model class that `load_model` would load, without weights."""
+    config = AutoConfig.from_pretrained(locate(name))
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if model.config._attn_implementation == "sdpa":
+        model.set_attn_implementation(UNMASKED)
+    return model
+
+
+def _type(name: str, dtype: DType) -> torch.dtype:
+    """The type that `load_model` would load weights in."""
+    check_model(name)
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    saved = AutoConfig.from_pretrained(locate(name)).dtype
+    return saved if isinstance(saved, torch.dtype) else torch.float32
+
+
+def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None) -> None:
+    """What `LocalTeacher` does with a chunk of hidden states, as far as it takes memory."""
+    log_probs = head.all_logits(hidden).log_softmax(-1)
+    ends = torch.zeros(1, dtype=torch.long)
+    merged = log_probs.index_fill(-1, ends, -torch.inf).index_copy_(-1, ends, log_probs[:, :1])
+    torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), merged, -torch.inf).topk(k or merged.shape[1], -1)
+
+
+def _gathered(student: PreTrainedModel) -> int:
+    """Bytes that FSDP2 holds at once besides a process's own part.
+
+    Two layers (the one that computes and the one fetched meanwhile), the gradient of one, and that again in float32 on
+    its way to the processes; and all the while what belongs to no layer: the root unit stays gathered from forward to
+    backward pass, and the matrix of the K-row head is gathered for it.
+    """
+    body: Any = student.base_model
+    layers = [sum(p.nbytes for p in layer.parameters()) for layer in body.layers]
+    sent = max(sum(4 * p.numel() for p in layer.parameters()) for layer in body.layers)
+    return 3 * max(layers) + sent + sum(p.nbytes for p in student.parameters()) - sum(layers)
+
+
+def _autocast(dtype: torch.dtype | None) -> torch.autocast:
+    # On fake CPU tensors, whatever the device: what is cast differs little.
+    return torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None)

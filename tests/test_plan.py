@@ -1,0 +1,452 @@
+"""A plan counts what a step takes, without loading anything; on the CPU it is held against the step itself."""
+
+import importlib.util
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy
+from tiny import save_tiny
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+
+from lsm_lightning.datamodule import AlternatingTasks
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, SampledToken
+from lsm_lightning.planning import Plan, plan
+from lsm_lightning.planning.plan import GIB, USABLE, machine_of
+from lsm_lightning.planning.step import Phase
+from lsm_lightning.planning.watch import Watch
+from lsm_lightning.rollout import LocalEngine
+from lsm_lightning.tasks.math import AdditionProblems
+from lsm_lightning.teacher import LocalTeacher
+
+ROOT = Path(__file__).parent.parent
+QWEN = {"num_hidden_layers": 28, "max_position_embeddings": 32768, "bos_token_id": None, "eos_token_id": 0}
+QWEN_7B = {
+    "hidden_size": 3584, "num_attention_heads": 28, "num_key_value_heads": 4, "intermediate_size": 18944,
+    "vocab_size": 152064, "tie_word_embeddings": False, **QWEN,
+}  # fmt: skip
+QWEN_1_5B = {
+    "hidden_size": 1536, "num_attention_heads": 12, "num_key_value_heads": 2, "intermediate_size": 8960,
+    "vocab_size": 151936, "tie_word_embeddings": True, **QWEN,
+}  # fmt: skip
+HUB = {
+    "Qwen/Qwen2.5-7B-Instruct": (QWEN_7B, 7_615_616_512),
+    "open-thoughts/OpenThinker3-7B": (QWEN_7B, 7_615_616_512),
+    "langfeng01/GiGPO-Qwen2.5-7B-Instruct-ALFWorld": (QWEN_7B, 7_615_616_512),
+    "Qwen/Qwen2.5-1.5B-Instruct": (QWEN_1_5B, 1_543_714_304),
+}
+"""Shapes, and the parameters that the models are published with."""
+VOCABULARY, WIDTH = 340, 64
+"""Of the small model that most tests plan."""
+LARGE = ("paper_8gpu", "single_gpu_80gb")
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
+    """Configurations of hub models without a network; of fewer layers where a number is given."""
+
+    def make(layers: int | None = None) -> None:
+        def from_pretrained(name: str, **_: Any) -> Qwen2Config:
+            changes = {} if layers is None else {"num_hidden_layers": layers}
+            return Qwen2Config(**{**HUB[name][0], **changes})
+
+        monkeypatch.setattr(AutoConfig, "from_pretrained", from_pretrained)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def folder(student_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of which only the configuration is left."""
+    path = save_tiny(
+        tmp_path_factory.mktemp("plan"), student_tokenizer, hidden_size=WIDTH, intermediate_size=160,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    (path / "model.safetensors").unlink()
+    return path
+
+
+@pytest.fixture
+def planned(folder: Path, tmp_path: Path) -> Callable[..., Plan]:
+    """The plan of a run that differs from a common one in some settings."""
+
+    def make(
+        *, new: int = 64, batch_size: int = 16, trainer: dict[str, Any] | None = None, memory: float = 80.0,
+        prompt_tokens: int = 64, evaluate: bool = False, checkpointing: bool | None = None,
+        vocabulary: int = VOCABULARY, **settings: Any,
+    ) -> Plan:  # fmt: skip
+        student = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocabulary}
+        (tmp_path / "config.json").write_text(json.dumps(student))
+        teacher = LocalTeacher(str(folder), batch_tokens=512)
+        options = {"micro_batch_tokens": 512, "engine": LocalEngine(batch_size)} | settings
+        module = OnPolicyDistillation(str(tmp_path), {"sums": teacher}, **options)
+        if checkpointing is not None:
+            module.activation_checkpointing = checkpointing  # type: ignore[assignment]
+        task = AdditionProblems(max_new_tokens=new)
+        data = AlternatingTasks({"sums": task}, prompts_per_step=16, samples_per_prompt=2)
+        return plan(
+            module, data, {"accelerator": "cpu", **(trainer or {})}, evaluate=evaluate, prompt_tokens=prompt_tokens,
+            device_memory=memory, tflops=1, bandwidth=10,
+        )  # fmt: skip
+
+    return make
+
+
+def phase(made: Plan, name: str) -> Phase:
+    return next(phase for phase in made.tasks[0].rehearsal.phases if phase.name == name)
+
+
+# ---- what is counted ------------------------------------------------------------------------------------------------
+
+
+def test_a_watch_counts_what_is_alive_at_the_worst_moment():
+    watch = Watch()
+    with watch.pretend():
+        first = torch.empty(100)
+        with watch.label("second"):
+            second = first * 2
+        del first
+        third = second[:50] + 1  # a view takes nothing
+        del second, third
+        assert not any(watch.live.values())
+    assert watch.peak == 400 + 400
+    assert dict(watch.at_peak) == {"other": 400, "second": 400}
+    assert watch.flops == 0
+
+
+def test_a_watch_counts_products_and_keeps_the_square_of_attention_out_of_memory():
+    watch, attend = Watch(), nn.functional.scaled_dot_product_attention
+    with watch.pretend():
+        query = torch.empty(2, 4, 512, 16, requires_grad=True)
+        key = torch.empty(2, 2, 512, 16, requires_grad=True)
+        out = attend(query, key, key, is_causal=True, enable_gqa=True)
+        assert watch.flops == 2 * 2 * 2 * 4 * 512 * 512 * 16 // 2
+        out.sum().backward()
+        assert watch.peak < 4 * 2 * 4 * 512 * 512
+
+
+def test_weights_are_all_there_and_nothing_else(planned, student_folder, folder):
+    student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    parameters = sum(parameter.numel() for parameter in student.parameters())
+    made = planned()
+    assert made.tasks[0].rehearsal.parameters == parameters
+    for kind in ("student weights", "teachers' weights"):
+        assert 4 * parameters <= phase(made, "load").bytes[kind] < 4 * parameters + 10_000  # rotary frequencies
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "copies"),
+    [
+        (lambda parameters: torch.optim.AdamW(parameters, lr=1e-3), 2),
+        (lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9), 1),
+        (lambda parameters: torch.optim.SGD(parameters, lr=1e-3), 0),
+    ],
+    ids=["adamw", "momentum", "sgd"],
+)
+def test_the_optimisers_own_class_tells_its_state(planned, optimizer, copies):
+    made = planned(optimizer=optimizer)
+    expected = copies * 4 * made.tasks[0].rehearsal.parameters
+    assert phase(made, "rollout").bytes.get("optimiser state", 0) == pytest.approx(expected, rel=0.01)
+    gradients = phase(made, "optimiser").bytes["gradients"]
+    assert gradients == 4 * made.tasks[0].rehearsal.parameters
+
+
+def test_memory_grows_with_the_setting_that_is_said_to_rule_it(planned):
+    common = planned()
+    larger = planned(micro_batch_tokens=1024, batch_size=32)
+    for name, kind in (("update", "activations"), ("rollout", "KV cache")):
+        assert phase(larger, name).bytes[kind] == pytest.approx(2 * phase(common, name).bytes[kind], rel=0.02)
+    for kind in ("student weights", "teachers' weights", "optimiser state"):
+        assert phase(larger, "update").bytes[kind] == phase(common, "update").bytes[kind]
+
+
+def test_shards_share_what_belongs_to_the_student(planned):
+    strategy = ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)
+    whole, shard = planned(), planned(trainer={"devices": 4, "strategy": strategy})
+    for kind in ("student weights", "optimiser state", "gradients"):
+        assert 4 * phase(shard, "update").bytes[kind] == pytest.approx(phase(whole, "update").bytes[kind], rel=0.01)
+    assert phase(shard, "update").bytes["teachers' weights"] == phase(whole, "update").bytes["teachers' weights"]
+    assert "gathered units" not in phase(whole, "update").bytes
+    assert phase(shard, "update").bytes["gathered units"] > 0
+
+
+def test_processes_share_the_episodes_and_ddp_takes_a_bucket(planned):
+    one, four = planned(), planned(trainer={"devices": 4, "strategy": "ddp"})
+    assert one.tasks[0].lengths.episodes == 4 * four.tasks[0].lengths.episodes
+    assert phase(four, "update").bytes["DDP's buckets"] == phase(four, "optimiser").bytes["gradients"]
+
+
+def test_checkpointing_trades_activations_for_work(planned):
+    plain, patient = planned(checkpointing=False), planned(checkpointing=True)
+    assert phase(patient, "update").peak < phase(plain, "update").peak
+    work = [phase(made, "update").flops["backward"] for made in (plain, patient)]
+    assert work[1] == pytest.approx(1.5 * work[0], rel=0.1)  # another forward pass
+
+
+def test_work_is_two_flops_a_weight_and_token_and_twice_that_backward(planned):
+    made = planned(new=8, prompt_tokens=56)  # short: attention is little
+    rehearsal, lengths = made.tasks[0].rehearsal, made.tasks[0].lengths
+    embedding = WIDTH * VOCABULARY
+    tokens = lengths.episodes * lengths.sequence
+    flops = phase(made, "update").flops
+    assert flops["forward"] == pytest.approx(2 * (rehearsal.parameters - embedding) * tokens, rel=0.15)
+    assert flops["backward"] == pytest.approx(2 * flops["forward"], rel=0.1)
+    assert made.tasks[0].seconds["forward"] == flops["forward"] / 1e12
+
+
+def test_mixed_precision_keeps_copies_of_the_weights_and_halves_activations(planned):
+    full, mixed = planned(), planned(trainer={"precision": "bf16-mixed"})
+    copies = phase(mixed, "update").bytes["weights in the compute type"]
+    layers = phase(mixed, "update").bytes["student weights"] - 4 * WIDTH * VOCABULARY
+    assert copies == pytest.approx(layers / 2, rel=0.05)
+    assert "weights in the compute type" not in phase(full, "update").bytes
+    assert phase(mixed, "update").bytes["activations"] < phase(full, "update").bytes["activations"]
+    true = planned(trainer={"precision": "bf16-true"})
+    assert 2 * phase(true, "load").bytes["student weights"] == pytest.approx(
+        phase(full, "load").bytes["student weights"], rel=0.01
+    )
+
+
+@pytest.mark.parametrize("objective", [LocalSupportMatching(k=8, source="union"), SampledToken(), FullVocabulary()])
+def test_every_objective_is_rehearsed_and_one_makes_all_logits(planned, objective):
+    large: dict[str, Any] = {"micro_batch_tokens": 4096, "vocabulary": 32_000}
+    made = planned(objective=objective, **large)
+    all_logits = made.tasks[0].rehearsal.logits_never_made / 2
+    others = phase(planned(objective=LocalSupportMatching(k=8), **large), "update").peak
+    assert (phase(made, "update").peak > others + all_logits) == isinstance(objective, FullVocabulary)
+
+
+def test_the_evaluation_of_teachers_is_planned_where_it_happens(planned):
+    names = [phase.name for phase in planned(evaluate=True).tasks[0].rehearsal.phases]
+    assert names == ["load", "evaluation", "rollout", "teacher", "update", "optimiser"]
+    assert "evaluation" not in [phase.name for phase in planned().tasks[0].rehearsal.phases]
+
+
+# ---- what does not fit ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "setting"), [("update", "micro_batch_tokens"), ("rollout", "batch_size")])
+def test_following_the_advice_makes_it_fit(planned, name, setting):
+    large: dict[str, Any] = {
+        "update": {"micro_batch_tokens": 4096, "batch_size": 2},
+        "rollout": {"micro_batch_tokens": 64, "batch_size": 32},
+    }[name]
+    phases = sorted(planned(**large).tasks[0].rehearsal.phases, key=lambda phase: phase.peak)
+    assert phases[-1].name == name
+    memory = (phases[-1].peak + phases[-2].peak) / 2 / USABLE / GIB
+    made = planned(**large, memory=memory)
+    assert not made.fits
+    (line,) = made.advice
+    assert line.startswith(f"{name} of sums needs")
+    fitting = int(re.search(rf"{setting} to (\d+)", line)[1])
+    better = planned(**(large | {setting: fitting}), memory=memory)
+    assert better.fits
+    assert not better.advice
+
+
+def test_what_is_too_large_whatever_the_batches_is_told_with_other_ways_out(planned):
+    made = planned(memory=1e-4)
+    assert not made.fits
+    assert any("trainer.precision=bf16-true saves" in line for line in made.advice)
+
+
+def test_checkpointing_is_the_first_advice_for_an_update_that_is_too_large(planned):
+    peak = phase(planned(checkpointing=True), "update").peak
+    made = planned(checkpointing=False, memory=peak / USABLE / GIB)
+    assert f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB" in made.advice[0]
+
+
+def test_a_sequence_that_is_too_long_alone_is_to_be_shorter(planned):
+    small = planned(new=8)
+    memory = 1.05 * small.peak[1].peak / USABLE / GIB
+    made = planned(new=1024, micro_batch_tokens=100, memory=memory)
+    assert any("one sequence alone is too long" in line for line in made.advice)
+
+
+# ---- the command ----------------------------------------------------------------------------------------------------
+
+
+def command(settings: dict[str, Any], folder: Path) -> list[str]:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(settings))
+    return ["plan", "--config", str(path)]
+
+
+def test_the_command_prints_a_table_and_writes_a_file(settings, run, tmp_path, capsys):
+    """On GPUs that are not there."""
+    settings["trainer"] |= {"accelerator": "gpu", "devices": 8}
+    settings["data"]["prompts_per_step"] = 8
+    file = tmp_path / "plan.json"
+    assert run(*command(settings, tmp_path), "--json", str(file), "--prompt_tokens", "100") == 0
+    printed = capsys.readouterr().out
+    assert "rollout" in printed
+    assert "it fits" in printed
+    made = json.loads(file.read_text())
+    assert made["machine"]["processes"] == 8
+    assert made["tasks"]["sums"]["lengths"]["prompt"] == 100
+    assert made["fits"] is True
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompt_tokens", "0"], "prompt_tokens=0"),
+        (["--device_memory", "-1"], "device_memory=-1"),
+        (["--trainer.strategy", "deepspeed"], "deepspeed"),
+        (["--data.tasks.sums.init_args.max_new_tokens", "256"], "max_new_tokens=256"),
+        (["--json", "/no/such/folder/plan.json"], "/no/such/folder/plan.json"),
+        (["--model.student", "./no/such/student"], "./no/such/student"),
+    ],
+)
+def test_a_mistake_is_told_in_one_line(settings, run, tmp_path, capsys, arguments, named):
+    assert run(*command(settings, tmp_path), *arguments) == 2
+    error = capsys.readouterr().err
+    assert named in error
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+
+
+def test_a_class_of_ones_own_cannot_be_planned(planned):
+    class Elsewhere(LocalEngine.__bases__[0]):  # type: ignore[misc]
+        sync = generate = None
+
+    with pytest.raises(ConfigurationError, match="Elsewhere"):
+        planned(engine=Elsewhere())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "processes", "shards"),
+    [
+        ({}, 1, 1),
+        ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, 6, 1),
+        ({"devices": [0, 1]}, 2, 1),
+        ({"devices": 8, "strategy": ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1)}, 8, 8),
+    ],
+)
+def test_the_trainers_settings_come_to_processes(trainer, processes, shards):
+    machine = machine_of({"accelerator": "gpu", **trainer} if trainer else {"accelerator": "cpu"})
+    assert (machine.processes, machine.shards) == (processes, shards)
+
+
+# ---- the large configurations ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(HUB))
+def test_models_of_the_large_configurations_are_built_without_memory(name):
+    shape, parameters = HUB[name]
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Qwen2Config(**shape))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_configurations_are_planned(hub, run, tmp_path, name):
+    """With two layers a model, which changes sizes and nothing else."""
+    hub(2)
+    file = tmp_path / "plan.json"
+    assert run("plan", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--json", str(file)) == 0
+    made = json.loads(file.read_text())
+    assert made["machine"]["gpu"] is True
+    for task in made["tasks"].values():
+        assert [phase["name"] for phase in task["phases"]][-1] == "optimiser"
+
+
+@pytest.mark.slow
+def test_the_configuration_for_one_gpu_fits(hub, run, tmp_path):
+    hub()
+    file = tmp_path / "plan.json"
+    arguments = ["plan", "--config", str(ROOT / "configs" / "single_gpu_80gb.yaml"), "--json", str(file)]
+    assert run(*arguments, "--device_memory", "80") == 0
+    assert json.loads(file.read_text())["fits"] is True
+    assert run(*arguments, "--device_memory", "40") == 0
+    assert json.loads(file.read_text())["fits"] is False
+
+
+# ---- against a step that runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def extra(student_folder: Path) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes that the phases of a real step's tensors take, and those of its plan, without what stands in memory."""
+    teacher = LocalTeacher(str(student_folder), batch_tokens=2000)
+    module = OnPolicyDistillation(
+        str(student_folder), {"sums": teacher}, objective=LocalSupportMatching(k=8), mask="none",
+        engine=LocalEngine(batch_size=32), micro_batch_tokens=1500,
+    )  # fmt: skip
+    data = AlternatingTasks({"sums": AdditionProblems(max_new_tokens=40)}, prompts_per_step=32, samples_per_prompt=1)
+    found: dict[str, int] = {}
+    prompts: list[int] = []
+
+    def watch(name: str, owner: Any, function: str) -> None:
+        right = getattr(owner, function)
+
+        def watched(*arguments: Any, **options: Any) -> Any:
+            with Watch() as watch:
+                result = right(*arguments, **options)
+            found[name] = watch.peak
+            return result
+
+        setattr(owner, function, watched)
+
+    watch("rollout", module, "rollout")
+    watch("teacher", teacher, "score")
+    watch("update", module, "update")
+    score = teacher.score
+
+    def noted(turns: Any, added: Any) -> Any:
+        prompts.extend(len(turn.prompt.ids) for turn in turns)
+        return score(turns, added)
+
+    teacher.score = noted  # type: ignore[method-assign]
+    Trainer(
+        max_steps=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, val_check_interval=10**9, check_val_every_n_epoch=None, max_epochs=-1,
+        num_sanity_val_steps=0, use_distributed_sampler=False,
+    ).fit(module, data)  # fmt: skip
+    made = plan(
+        module, data, {"accelerator": "cpu"}, evaluate=False, prompt_tokens=max(prompts), device_memory=1, tflops=1,
+        bandwidth=1,
+    )  # fmt: skip
+    fixed = {"student weights", "teachers' weights", "optimiser state", "rollout replica"}
+    said = {
+        phase.name: sum(size for kind, size in phase.bytes.items() if kind not in fixed)
+        for phase in made.tasks[0].rehearsal.phases
+    }
+    return found, said
+
+
+def test_tensors_of_a_real_step_take_what_its_plan_says(extra):
+    found, said = extra
+    for name in found:
+        assert said[name] == pytest.approx(found[name], rel=0.1), name
+        assert found[name] > 400_000  # much more than the model's weights would blur
+
+
+@pytest.fixture(scope="module")
+def bench() -> Iterator[ModuleType]:
+    spec = importlib.util.spec_from_file_location("bench_plan", ROOT / "scripts" / "bench_plan.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("size", ["2M", "5M", "30M", "135M"])
+def test_a_step_takes_what_its_plan_says(bench, tmp_path, size):
+    row = bench.compare(size, tmp_path)
+    for name in ("rollout", "teacher", "update"):
+        assert row["planned"][name] == pytest.approx(row["measured"][name], rel=0.1)
