@@ -220,7 +220,7 @@ class OnPolicyDistillation(LightningModule):
         student = load_model(self.student_name, self.dtype_name, self.quantization)
         check_head(student, self.student_name)
         check_vocabulary(student, self.tokenizer, self.student_name)
-        return self._prepared(student)
+        return self._compiled(self.prepared(student))
 
     def _load_student_sharded(self) -> PreTrainedModel:
         assert self.device_mesh is not None
@@ -230,19 +230,22 @@ class OnPolicyDistillation(LightningModule):
             )
         return load_sharded(
             self._load_student,
-            lambda: self._prepared(load_skeleton(self.student_name)),
+            lambda: self._compiled(self.prepared(load_skeleton(self.student_name))),
             self.device_mesh["data_parallel"],
             device=self.trainer.strategy.root_device,
             compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
         )
 
-    def _prepared(self, student: PreTrainedModel) -> PreTrainedModel:
-        """The student with adapters and frozen parts, as it is going to be trained."""
+    def prepared(self, student: PreTrainedModel) -> PreTrainedModel:
+        """A student just loaded, with adapters, frozen parts and checkpointed activations; changed in place."""
         if self.lora is not None:
             adapt(student, self.lora)
         freeze(student, self.freeze_patterns)
         if self.activation_checkpointing:
             checkpoint_activations(student)
+        return student
+
+    def _compiled(self, student: PreTrainedModel) -> PreTrainedModel:
         if self.compile_layers:
             compile_layers(student)
         return student

@@ -212,9 +212,9 @@ def _advice(module: OnPolicyDistillation, tasks: list[TaskPlan], machine: Machin
 def _ways(
     module: OnPolicyDistillation, of_task: TaskPlan, phase: Phase, machine: Machine, limit: float
 ) -> Iterator[str]:
-    if phase.name == "update" and getattr(module, "activation_checkpointing", True) is False:
+    if phase.name == "update" and not module.activation_checkpointing:
         patient = copy.copy(module)
-        patient.activation_checkpointing = True  # type: ignore[assignment]
+        patient.activation_checkpointing = True
         phases = rehearse(patient, of_task.lengths, machine, task=of_task.task).phases
         peak = next(other.peak for other in phases if other.name == phase.name)
         yield f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB"

@@ -29,6 +29,7 @@ from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.local import sample
+from lsm_lightning.sharding import decoder_layers
 from lsm_lightning.teacher import LocalTeacher, Teacher
 from lsm_lightning.teacher.local import LOGITS_AT_ONCE
 from lsm_lightning.types import Support
@@ -136,6 +137,8 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of another kind than
             those that run in this process.
     """
+    if module.quantization is not None:
+        raise ConfigurationError("A plan does not know model.quantization: leave it out, and what it saves with it.")
     others: list[Engine | Teacher] = [] if isinstance(module.engine, LocalEngine) else [module.engine]
     others += [teacher for teacher in module.teachers.values() if not isinstance(teacher, LocalTeacher)]
     if others:
@@ -164,9 +167,7 @@ class _Step:
         with watch.label("student weights"):
             # FSDP2 gathers and computes in the compute type; the shards keep their own.
             dtype = machine.compute or own if self._sharded else own
-            student = _model(module.student_name, dtype).train()
-        if getattr(module, "activation_checkpointing", False):
-            student.activation_checkpointing_enable({"use_reentrant": False})
+            student = module.prepared(_model(module.student_name, dtype).train())
         watch.weights(student)
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -176,6 +177,7 @@ class _Step:
         self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
         """DDP lays gradients out once more, to send them."""
         self.teachers: dict[str, PreTrainedModel] = {}
+        self.teacher_bytes: dict[str, int] = {}
         host = watch.live["student weights"] * own.itemsize // dtype.itemsize
         self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
         for name, teacher in module.teachers.items():
@@ -185,7 +187,8 @@ class _Step:
                 self.teachers[name] = (
                     _model(teacher.path, _type(teacher.path, teacher.dtype)).requires_grad_(False).eval()
                 )
-            self.result.host = max(self.result.host, host + watch.live["teachers' weights"] - before)
+            self.teacher_bytes[name] = watch.live["teachers' weights"] - before
+            self.result.host = max(self.result.host, host + self.teacher_bytes[name])
         extra = 0 if module.objective.teacher_tokens is None else module.objective.student_tokens
         extra += module.objective.adds_sampled
         vocabulary: int = OutputHead.of(self.student).weight.shape[0]
@@ -203,7 +206,7 @@ class _Step:
         self.watch.restart()
         if rows := min(teacher.batch_size, self.lengths.test_episodes):
             self._write(self.teachers[task], rows, rows, self.module.eval_sampling)
-            self._note("evaluation")
+            self._note("evaluation", task=task)
 
     def first_optimiser_step(self) -> None:
         """Makes the optimizer's state, which is there in every later step."""
@@ -250,7 +253,12 @@ class _Step:
                 part = hidden[: max(1, LOGITS_AT_ONCE // of_teacher.weight.shape[0])].clone()
                 _top_tokens(of_teacher, part, self.module.objective.teacher_tokens)
             flops = of_body + (self.watch.flops - of_body) * len(hidden) / len(part)
-        self._note("teacher", flops={"teacher": flops * lengths.batches(teacher.batch_tokens)})
+        more = {}
+        if teacher.sharded and self.machine.processes > 1:  # two layers, and what belongs to none
+            layers = _layers(model)
+            more = {"gathered units": 2 * max(layers) + self.teacher_bytes[task] - sum(layers)}
+        work = {"teacher": flops * lengths.batches(teacher.batch_tokens)}
+        self._note("teacher", task=task, flops=work, more=more)
 
     def update(self) -> None:
         """A micro-batch, beside the gradients of an earlier one where there are several; then the optimiser."""
@@ -293,15 +301,31 @@ class _Step:
         return sum(parameter.nbytes for parameter in self.trained)
 
     def _note(
-        self, name: str, *, flops: dict[str, float] | None = None, read: float = 0.0, more: dict[str, int] | None = None
+        self,
+        name: str,
+        *,
+        task: str | None = None,
+        flops: dict[str, float] | None = None,
+        read: float = 0.0,
+        more: dict[str, int] | None = None,
     ) -> None:
-        """Write a phase down, with what is spread over processes divided among them."""
+        """Write a phase down, with what is spread over processes divided among them; `task` is whose teacher works."""
         found = Counter(self.watch.at_peak)
         for kind in ("student weights", "gradients", "optimiser state", "optimiser's temporaries"):
             found[kind] = round(self.share * found[kind])
+        found["teachers' weights"] = sum(self._resident(teacher, name, task) for teacher in self.teachers)
         found.update(more or {})
         kept = {kind: size for kind, size in found.most_common() if size > 0}
         self.result.phases.append(Phase(name=name, bytes=kept, flops=flops or {}, read=read))
+
+    def _resident(self, teacher: str, phase: str, task: str | None) -> int:
+        """Bytes of a teacher's weights on this device; while it writes answers it is whole."""
+        settings = self.module.teachers[teacher]
+        assert isinstance(settings, LocalTeacher)
+        if settings.offload and teacher != task:
+            return 0
+        whole = not settings.sharded or (teacher == task and phase == "evaluation")
+        return self.teacher_bytes[teacher] // (1 if whole else self.machine.processes)
 
     @torch.no_grad()
     def _write(
@@ -456,10 +480,14 @@ def _gathered(student: PreTrainedModel) -> int:
     its way to the processes; and all the while what belongs to no layer: the root unit stays gathered from forward to
     backward pass, and the matrix of the K-row head is gathered for it.
     """
-    body: Any = student.base_model
-    layers = [sum(p.nbytes for p in layer.parameters()) for layer in body.layers]
-    sent = max(sum(4 * p.numel() for p in layer.parameters()) for layer in body.layers)
+    layers = _layers(student)
+    sent = max(sum(4 * p.numel() for p in layer.parameters()) for layer in decoder_layers(student))
     return 3 * max(layers) + sent + sum(p.nbytes for p in student.parameters()) - sum(layers)
+
+
+def _layers(model: PreTrainedModel) -> list[int]:
+    """Bytes of each layer's weights."""
+    return [sum(p.nbytes for p in layer.parameters()) for layer in decoder_layers(model)]
 
 
 def _autocast(dtype: torch.dtype | None) -> torch.autocast:
