@@ -29,7 +29,7 @@ VARIABLE = {
     "rollout": ("KV cache", "decoding logits", "rollout's activations"),
     "evaluation": ("KV cache", "decoding logits", "rollout's activations"),
     "teacher": ("teacher's activations",),
-    "update": ("activations", "head's buffers"),
+    "update": ("activations",),
 }
 """What grows with the rows of a phase's batches."""
 STUDENT = ("student weights", "gradients", "optimiser state")

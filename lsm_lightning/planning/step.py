@@ -251,7 +251,7 @@ class _Step:
             with self.watch.label("teacher's logits"):
                 of_body, of_teacher = self.watch.flops, OutputHead.of(model)
                 part = hidden[: max(1, LOGITS_AT_ONCE // of_teacher.weight.shape[0])].clone()
-                _top_tokens(of_teacher, part, self.module.objective.teacher_tokens)
+                _top_tokens(of_teacher, part, self.module.objective.teacher_tokens, merged=self.module.mask == "repair")
             flops = of_body + (self.watch.flops - of_body) * len(hidden) / len(part)
         more = {}
         if teacher.sharded and self.machine.processes > 1:  # two layers, and what belongs to none
@@ -465,12 +465,21 @@ def _type(name: str, dtype: DType) -> torch.dtype:
     return saved if isinstance(saved, torch.dtype) else torch.float32
 
 
-def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None) -> None:
-    """What `LocalTeacher` does with a chunk of hidden states, as far as it takes memory."""
+def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None, *, merged: bool) -> None:
+    """What `LocalTeacher` does with a chunk of hidden states, as far as it takes memory.
+
+    Args:
+        head: The teacher's.
+        hidden: Of the chunk.
+        k: Its top tokens that are asked for; None: all.
+        merged: Whether the ends of a turn are scored as one token.
+    """
     log_probs = head.all_logits(hidden).log_softmax(-1)
-    ends = torch.zeros(1, dtype=torch.long)
-    merged = log_probs.index_fill(-1, ends, -torch.inf).index_copy_(-1, ends, log_probs[:, :1])
-    torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), merged, -torch.inf).topk(k or merged.shape[1], -1)
+    if merged:
+        end = torch.zeros(1, dtype=torch.long)
+        log_probs = log_probs.index_fill(-1, end, -torch.inf).index_copy_(-1, end, log_probs[:, :1])
+    members = torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), log_probs, -torch.inf)
+    members.topk(k or members.shape[1], -1)
 
 
 def _gathered(student: PreTrainedModel) -> int:
