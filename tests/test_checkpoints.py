@@ -57,7 +57,7 @@ class Killed(BaseException):
     """As nothing catches it, the disk is left as by SIGKILL at that call."""
 
 
-CHANGES = {"fsync", "mkdir", "open", "rename", "replace", "rmdir", "symlink", "unlink", "write"}
+CHANGES = {"fsync", "mkdir", "open", "rename", "replace", "rmdir", "sendfile", "symlink", "unlink", "write"}
 """The names of C functions that change the disk; open, which may, and fsync are there for good measure."""
 
 
