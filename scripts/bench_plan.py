@@ -44,10 +44,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 SHAPES: dict[str, dict[str, int]] = {
-    "2M": {
-        "hidden_size": 192, "num_hidden_layers": 3, "num_attention_heads": 3, "num_key_value_heads": 1,
-        "intermediate_size": 512, "vocab_size": 4096,
-    },
     "5M": {
         "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 768, "vocab_size": 8192,
@@ -62,7 +58,6 @@ SHAPES: dict[str, dict[str, int]] = {
     },
 }  # fmt: skip
 STEPS: dict[str, dict[str, int]] = {
-    "2M": {"prompts": 8, "samples": 2, "new": 16, "micro_batch_tokens": 7168, "batch_tokens": 7168, "rows": 16},
     "5M": {"prompts": 16, "samples": 4, "new": 64, "micro_batch_tokens": 8192, "batch_tokens": 16384, "rows": 64},
     "30M": {"prompts": 8, "samples": 4, "new": 64, "micro_batch_tokens": 4096, "batch_tokens": 8192, "rows": 32},
     "135M": {"prompts": 4, "samples": 2, "new": 48, "micro_batch_tokens": 1024, "batch_tokens": 2048, "rows": 8},
@@ -235,7 +230,7 @@ def compare(size: str, folder: Path, *, trimmed: bool = True) -> dict[str, Any]:
 def main() -> None:
     """Compare, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=["5M", "30M", "135M"])
+    parser.add_argument("--sizes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--allocator", choices=("trimmed", "default"), default="trimmed")
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "bench_plan.json")
     parser.add_argument("--measure", nargs=2, metavar=("SIZE", "FOLDER"), help=argparse.SUPPRESS)

@@ -5,6 +5,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,29 +80,40 @@ def folder(student_tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.
 
 
 @pytest.fixture
-def planned(folder: Path, tmp_path: Path) -> Callable[..., Plan]:
-    """The plan of a run that differs from a common one in some settings."""
+def wide_folder(folder: Path, tmp_path: Path) -> Path:
+    """The same with a large vocabulary."""
+    config = json.loads((folder / "config.json").read_text()) | {"vocab_size": 32_000}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
 
-    def make(
-        *, new: int = 64, batch_size: int = 16, trainer: dict[str, Any] | None = None, memory: float = 80.0,
-        prompt_tokens: int = 64, evaluate: bool = False, checkpointing: bool | None = None,
-        vocabulary: int = VOCABULARY, **settings: Any,
-    ) -> Plan:  # fmt: skip
-        student = json.loads((folder / "config.json").read_text()) | {"vocab_size": vocabulary}
-        (tmp_path / "config.json").write_text(json.dumps(student))
-        teacher = LocalTeacher(str(folder), batch_tokens=512)
-        options = {"micro_batch_tokens": 512, "engine": LocalEngine(batch_size)} | settings
-        module = OnPolicyDistillation(str(tmp_path), {"sums": teacher}, **options)
-        if checkpointing is not None:
-            module.activation_checkpointing = checkpointing  # type: ignore[assignment]
-        task = AdditionProblems(max_new_tokens=new)
-        data = AlternatingTasks({"sums": task}, prompts_per_step=16, samples_per_prompt=2)
-        return plan(
-            module, data, {"accelerator": "cpu", **(trainer or {})}, evaluate=evaluate, prompt_tokens=prompt_tokens,
-            device_memory=memory, tflops=1, bandwidth=10,
-        )  # fmt: skip
 
-    return make
+@pytest.fixture(scope="module")
+def common(folder: Path) -> Plan:
+    """The plan of a run that others differ from."""
+    return plan_of(folder)
+
+
+@pytest.fixture
+def planned(folder: Path) -> Callable[..., Plan]:
+    """The plan of a run that differs from the common one in some settings."""
+    return partial(plan_of, folder)
+
+
+def plan_of(
+    folder: Path, *, new: int = 64, batch_size: int = 16, trainer: dict[str, Any] | None = None, memory: float = 80.0,
+    prompt_tokens: int = 64, evaluate: bool = False, checkpointing: bool | None = None, **settings: Any,
+) -> Plan:  # fmt: skip
+    teacher = LocalTeacher(str(folder), batch_tokens=512)
+    options = {"micro_batch_tokens": 512, "engine": LocalEngine(batch_size)} | settings
+    module = OnPolicyDistillation(str(folder), {"sums": teacher}, **options)
+    if checkpointing is not None:
+        module.activation_checkpointing = checkpointing  # type: ignore[assignment]
+    task = AdditionProblems(max_new_tokens=new)
+    data = AlternatingTasks({"sums": task}, prompts_per_step=16, samples_per_prompt=2)
+    return plan(
+        module, data, {"accelerator": "cpu", **(trainer or {})}, evaluate=evaluate, prompt_tokens=prompt_tokens,
+        device_memory=memory, tflops=1, bandwidth=10,
+    )  # fmt: skip
 
 
 def phase(made: Plan, name: str) -> Phase:
@@ -137,13 +149,12 @@ def test_a_watch_counts_products_and_keeps_the_square_of_attention_out_of_memory
         assert watch.peak < 4 * 2 * 4 * 512 * 512
 
 
-def test_weights_are_all_there_and_nothing_else(planned, student_folder, folder):
+def test_weights_are_all_there_and_nothing_else(common, folder):
     student = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     parameters = sum(parameter.numel() for parameter in student.parameters())
-    made = planned()
-    assert made.tasks[0].rehearsal.parameters == parameters
+    assert common.tasks[0].rehearsal.parameters == parameters
     for kind in ("student weights", "teachers' weights"):
-        assert 4 * parameters <= phase(made, "load").bytes[kind] < 4 * parameters + 10_000  # rotary frequencies
+        assert 4 * parameters <= phase(common, "load").bytes[kind] < 4 * parameters + 10_000  # rotary frequencies
 
 
 @pytest.mark.parametrize(
@@ -163,8 +174,7 @@ def test_the_optimisers_own_class_tells_its_state(planned, optimizer, copies):
     assert gradients == 4 * made.tasks[0].rehearsal.parameters
 
 
-def test_memory_grows_with_the_setting_that_is_said_to_rule_it(planned):
-    common = planned()
+def test_memory_grows_with_the_setting_that_is_said_to_rule_it(common, planned):
     larger = planned(micro_batch_tokens=1024, batch_size=32)
     for name, kind in (("update", "activations"), ("rollout", "KV cache")):
         assert phase(larger, name).bytes[kind] == pytest.approx(2 * phase(common, name).bytes[kind], rel=0.02)
@@ -172,9 +182,9 @@ def test_memory_grows_with_the_setting_that_is_said_to_rule_it(planned):
         assert phase(larger, "update").bytes[kind] == phase(common, "update").bytes[kind]
 
 
-def test_shards_share_what_belongs_to_the_student(planned):
+def test_shards_share_what_belongs_to_the_student(common, planned):
     strategy = ModelParallelStrategy(data_parallel_size=4, tensor_parallel_size=1)
-    whole, shard = planned(), planned(trainer={"devices": 4, "strategy": strategy})
+    whole, shard = common, planned(trainer={"devices": 4, "strategy": strategy})
     for kind in ("student weights", "optimiser state", "gradients"):
         assert 4 * phase(shard, "update").bytes[kind] == pytest.approx(phase(whole, "update").bytes[kind], rel=0.01)
     assert phase(shard, "update").bytes["teachers' weights"] == phase(whole, "update").bytes["teachers' weights"]
@@ -182,14 +192,14 @@ def test_shards_share_what_belongs_to_the_student(planned):
     assert phase(shard, "update").bytes["gathered units"] > 0
 
 
-def test_processes_share_the_episodes_and_ddp_takes_a_bucket(planned):
-    one, four = planned(), planned(trainer={"devices": 4, "strategy": "ddp"})
+def test_processes_share_the_episodes_and_ddp_takes_a_bucket(common, planned):
+    one, four = common, planned(trainer={"devices": 4, "strategy": "ddp"})
     assert one.tasks[0].lengths.episodes == 4 * four.tasks[0].lengths.episodes
     assert phase(four, "update").bytes["DDP's buckets"] == phase(four, "optimiser").bytes["gradients"]
 
 
-def test_checkpointing_trades_activations_for_work(planned):
-    plain, patient = planned(checkpointing=False), planned(checkpointing=True)
+def test_checkpointing_trades_activations_for_work(common, planned):
+    plain, patient = common, planned(checkpointing=True)
     assert phase(patient, "update").peak < phase(plain, "update").peak
     work = [phase(made, "update").flops["backward"] for made in (plain, patient)]
     assert work[1] == pytest.approx(1.5 * work[0], rel=0.1)  # another forward pass
@@ -206,8 +216,8 @@ def test_work_is_two_flops_a_weight_and_token_and_twice_that_backward(planned):
     assert made.tasks[0].seconds["forward"] == flops["forward"] / 1e12
 
 
-def test_mixed_precision_keeps_copies_of_the_weights_and_halves_activations(planned):
-    full, mixed = planned(), planned(trainer={"precision": "bf16-mixed"})
+def test_mixed_precision_keeps_copies_of_the_weights_and_halves_activations(common, planned):
+    full, mixed = common, planned(trainer={"precision": "bf16-mixed"})
     copies = phase(mixed, "update").bytes["weights in the compute type"]
     layers = phase(mixed, "update").bytes["student weights"] - 4 * WIDTH * VOCABULARY
     assert copies == pytest.approx(layers / 2, rel=0.05)
@@ -220,18 +230,18 @@ def test_mixed_precision_keeps_copies_of_the_weights_and_halves_activations(plan
 
 
 @pytest.mark.parametrize("objective", [LocalSupportMatching(k=8, source="union"), SampledToken(), FullVocabulary()])
-def test_every_objective_is_rehearsed_and_one_makes_all_logits(planned, objective):
-    large: dict[str, Any] = {"micro_batch_tokens": 4096, "vocabulary": 32_000}
-    made = planned(objective=objective, **large)
-    all_logits = made.tasks[0].rehearsal.logits_never_made / 2
-    others = phase(planned(objective=LocalSupportMatching(k=8), **large), "update").peak
-    assert (phase(made, "update").peak > others + all_logits) == isinstance(objective, FullVocabulary)
+def test_every_objective_is_rehearsed_and_one_makes_all_logits(wide_folder, objective):
+    made = plan_of(wide_folder, objective=objective, micro_batch_tokens=4096)
+    logits_and_gradient = made.tasks[0].rehearsal.logits_never_made
+    found = phase(made, "update").bytes
+    head = found.get("head's buffers", 0) + found.get("backward's temporaries", 0)
+    assert (head > logits_and_gradient) == isinstance(objective, FullVocabulary)
 
 
-def test_the_evaluation_of_teachers_is_planned_where_it_happens(planned):
+def test_the_evaluation_of_teachers_is_planned_where_it_happens(common, planned):
     names = [phase.name for phase in planned(evaluate=True).tasks[0].rehearsal.phases]
     assert names == ["load", "evaluation", "rollout", "teacher", "update", "optimiser"]
-    assert "evaluation" not in [phase.name for phase in planned().tasks[0].rehearsal.phases]
+    assert "evaluation" not in [phase.name for phase in common.tasks[0].rehearsal.phases]
 
 
 # ---- what does not fit ----------------------------------------------------------------------------------------------
@@ -269,10 +279,13 @@ def test_checkpointing_is_the_first_advice_for_an_update_that_is_too_large(plann
 
 
 def test_a_sequence_that_is_too_long_alone_is_to_be_shorter(planned):
-    small = planned(new=8)
-    memory = 1.05 * small.peak[1].peak / USABLE / GIB
-    made = planned(new=1024, micro_batch_tokens=100, memory=memory)
-    assert any("one sequence alone is too long" in line for line in made.advice)
+    limit = 0.9 * phase(planned(new=1024, micro_batch_tokens=100), "update").peak
+    made = planned(new=1024, micro_batch_tokens=100, memory=limit / USABLE / GIB)
+    (line,) = [line for line in made.advice if line.startswith("update")]
+    assert "one sequence alone is too long" in line
+    shorter = int(re.search(r"max_new_tokens to (\d+)", line)[1])
+    assert 512 < shorter < 1024
+    assert phase(planned(new=shorter, micro_batch_tokens=100), "update").peak <= limit
 
 
 # ---- the command ----------------------------------------------------------------------------------------------------
@@ -353,8 +366,8 @@ def test_models_of_the_large_configurations_are_built_without_memory(name):
 
 @pytest.mark.parametrize("name", LARGE)
 def test_the_large_configurations_are_planned(hub, run, tmp_path, name):
-    """With two layers a model, which changes sizes and nothing else."""
-    hub(2)
+    """With one layer a model, which changes sizes and nothing else."""
+    hub(1)
     file = tmp_path / "plan.json"
     assert run("plan", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--json", str(file)) == 0
     made = json.loads(file.read_text())
@@ -468,7 +481,7 @@ def bench() -> Iterator[ModuleType]:
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-@pytest.mark.parametrize("size", ["2M", "5M", "30M", "135M"])
+@pytest.mark.parametrize("size", ["5M", "30M", "135M"])
 def test_a_step_takes_what_its_plan_says(bench, tmp_path, size):
     row = bench.compare(size, tmp_path)
     for name in ("rollout", "teacher", "update"):
