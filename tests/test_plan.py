@@ -15,6 +15,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
+from peft import LoraConfig
 from tiny import save_tiny
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
@@ -101,13 +102,11 @@ def planned(folder: Path) -> Callable[..., Plan]:
 
 def plan_of(
     folder: Path, *, new: int = 64, batch_size: int = 16, trainer: dict[str, Any] | None = None, memory: float = 80.0,
-    prompt_tokens: int = 64, evaluate: bool = False, checkpointing: bool | None = None, **settings: Any,
+    prompt_tokens: int = 64, evaluate: bool = False, teacher: dict[str, Any] | None = None, **settings: Any,
 ) -> Plan:  # fmt: skip
-    teacher = LocalTeacher(str(folder), batch_tokens=512)
+    scorer = LocalTeacher(str(folder), batch_tokens=512, **(teacher or {}))
     options = {"micro_batch_tokens": 512, "engine": LocalEngine(batch_size)} | settings
-    module = OnPolicyDistillation(str(folder), {"sums": teacher}, **options)
-    if checkpointing is not None:
-        module.activation_checkpointing = checkpointing  # type: ignore[assignment]
+    module = OnPolicyDistillation(str(folder), {"sums": scorer}, **options)
     task = AdditionProblems(max_new_tokens=new)
     data = AlternatingTasks({"sums": task}, prompts_per_step=16, samples_per_prompt=2)
     return plan(
@@ -192,6 +191,27 @@ def test_shards_share_what_belongs_to_the_student(common, planned):
     assert phase(shard, "update").bytes["gathered units"] > 0
 
 
+def test_adapters_alone_have_gradients_and_optimiser_state(common, planned):
+    made = planned(lora=LoraConfig(r=2, target_modules=["q_proj"]))
+    for kind in ("gradients", "optimiser state"):
+        assert 0 < phase(made, "optimiser").bytes[kind] < 0.1 * phase(common, "optimiser").bytes[kind]
+    more = phase(made, "optimiser").bytes["student weights"] / phase(common, "optimiser").bytes["student weights"]
+    assert 1 < more < 1.1
+
+
+def test_a_teacher_that_is_sharded_or_rests_takes_less(common, planned):
+    trainer = {"devices": 4, "strategy": "ddp"}
+    whole = phase(common, "teacher").bytes["teachers' weights"]
+    resting = planned(teacher={"offload": True})
+    assert phase(resting, "teacher").bytes["teachers' weights"] == whole
+    assert "teachers' weights" not in phase(resting, "update").bytes
+    sharded = planned(teacher={"sharded": True}, trainer=trainer)
+    for name in ("teacher", "update"):
+        assert phase(sharded, name).bytes["teachers' weights"] == pytest.approx(whole / 4, rel=0.01)
+    assert 0 < phase(sharded, "teacher").bytes["gathered units"] <= whole
+    assert "gathered units" not in phase(planned(trainer=trainer), "teacher").bytes
+
+
 def test_processes_share_the_episodes_and_ddp_takes_a_bucket(common, planned):
     one, four = common, planned(trainer={"devices": 4, "strategy": "ddp"})
     assert one.tasks[0].lengths.episodes == 4 * four.tasks[0].lengths.episodes
@@ -199,7 +219,7 @@ def test_processes_share_the_episodes_and_ddp_takes_a_bucket(common, planned):
 
 
 def test_checkpointing_trades_activations_for_work(common, planned):
-    plain, patient = common, planned(checkpointing=True)
+    plain, patient = common, planned(activation_checkpointing=True)
     assert phase(patient, "update").peak < phase(plain, "update").peak
     work = [phase(made, "update").flops["backward"] for made in (plain, patient)]
     assert work[1] == pytest.approx(1.5 * work[0], rel=0.1)  # another forward pass
@@ -258,8 +278,8 @@ def test_following_the_advice_makes_it_fit(planned, name, setting):
     memory = (phases[-1].peak + phases[-2].peak) / 2 / USABLE / GIB
     made = planned(**large, memory=memory)
     assert not made.fits
-    (line,) = made.advice
-    assert line.startswith(f"{name} of sums needs")
+    assert all(line.startswith(f"{name} of sums needs") for line in made.advice)
+    (line,) = (line for line in made.advice if setting in line)
     fitting = int(re.search(rf"{setting} to (\d+)", line)[1])
     better = planned(**(large | {setting: fitting}), memory=memory)
     assert better.fits
@@ -273,16 +293,16 @@ def test_what_is_too_large_whatever_the_batches_is_told_with_other_ways_out(plan
 
 
 def test_checkpointing_is_the_first_advice_for_an_update_that_is_too_large(planned):
-    peak = phase(planned(checkpointing=True), "update").peak
-    made = planned(checkpointing=False, memory=peak / USABLE / GIB)
+    peak = phase(planned(activation_checkpointing=True), "update").peak
+    made = planned(memory=peak / USABLE / GIB)
     assert f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB" in made.advice[0]
 
 
 def test_a_sequence_that_is_too_long_alone_is_to_be_shorter(planned):
     limit = 0.9 * phase(planned(new=1024, micro_batch_tokens=100), "update").peak
     made = planned(new=1024, micro_batch_tokens=100, memory=limit / USABLE / GIB)
-    (line,) = [line for line in made.advice if line.startswith("update")]
-    assert "one sequence alone is too long" in line
+    (line,) = (line for line in made.advice if "one sequence alone is too long" in line)
+    assert line.startswith("update")
     shorter = int(re.search(r"max_new_tokens to (\d+)", line)[1])
     assert 512 < shorter < 1024
     assert phase(planned(new=shorter, micro_batch_tokens=100), "update").peak <= limit

@@ -16,6 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -167,7 +168,9 @@ class _Step:
         with watch.label("student weights"):
             # FSDP2 gathers and computes in the compute type; the shards keep their own.
             dtype = machine.compute or own if self._sharded else own
-            student = module.prepared(_model(module.student_name, dtype).train())
+            # peft moves fresh adapters to their device, where they are; fake tensors cannot be moved.
+            with patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+                student = module.prepared(_model(module.student_name, dtype).train())
         watch.weights(student)
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
