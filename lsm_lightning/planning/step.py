@@ -5,7 +5,8 @@ No formula here knows an architecture. What is assumed instead:
 - Lengths are the worst that a run can meet: every prompt has the length asked about, every answer `max_new_tokens`.
 - Attention runs in a fused kernel that keeps no scores, as torch's does on GPUs and CPUs alike. A model that
   transformers runs with `eager` attention (Gemma 2, say) is rehearsed so.
-- Kernels need no memory of their own, and an allocator loses none; a GPU's context (about 0.5 GiB) is not counted.
+- Kernels need no memory of their own, and an allocator loses none (on a CPU, glibc's may hold back half as much again
+  unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted.
 - Packing is planned as padding: the tokens are as many.
 """
 
