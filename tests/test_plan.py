@@ -397,10 +397,12 @@ def test_the_large_configurations_are_planned(hub, run, tmp_path, name):
 
 
 @pytest.mark.slow
-def test_the_configuration_for_one_gpu_fits(hub, run, tmp_path):
+@pytest.mark.parametrize("name", LARGE)
+def test_the_large_configurations_fit(hub, run, tmp_path, name):
     hub()
     file = tmp_path / "plan.json"
-    arguments = ["plan", "--config", str(ROOT / "configs" / "single_gpu_80gb.yaml"), "--json", str(file)]
+    arguments = ["plan", "--config", str(ROOT / "configs" / f"{name}.yaml"), "--json", str(file)]
+    arguments += ["--prompt_tokens", "1024"]
     assert run(*arguments, "--device_memory", "80") == 0
     assert json.loads(file.read_text())["fits"] is True
     assert run(*arguments, "--device_memory", "40") == 0

@@ -17,8 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -169,8 +168,8 @@ class _Step:
         with watch.label("student weights"):
             # FSDP2 gathers and computes in the compute type; the shards keep their own.
             dtype = machine.compute or own if self._sharded else own
-            # peft moves fresh adapters to their device, where they are; fake tensors cannot be moved.
-            with patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer"):
+            # peft moves fresh adapters to where they are; fake tensors cannot even stay in a module that is moved.
+            with patch.object(nn.Module, "to", lambda moved, *_, **__: moved):
                 student = module.prepared(_model(module.student_name, dtype).train())
         watch.weights(student)
         self.student = student
