@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lsm_lightning.batching import check_packing
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
@@ -79,7 +80,8 @@ class OnPolicyDistillation(LightningModule):
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
             and speed, not the result.
         packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
-            where lengths differ much and attention skips what is masked (flash attention), not on a CPU.
+            where lengths differ much and attention skips what is masked (flash attention), not on a CPU. A student that
+            cannot keep packed sequences apart is refused.
         gradient_clip: Largest norm of the gradient.
         dtype: Of the student's weights. With `trainer.precision` bf16-mixed these stay as they are and the computing is
             done in bfloat16.
@@ -219,6 +221,8 @@ class OnPolicyDistillation(LightningModule):
     def _load_student(self) -> PreTrainedModel:
         student = load_model(self.student_name, self.dtype_name, self.quantization)
         check_head(student, self.student_name)
+        if self.packing:
+            check_packing(student, self.student_name)
         check_vocabulary(student, self.tokenizer, self.student_name)
         return self._compiled(self.prepared(student))
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import TEACHER_END, chat_tokenizer, save_tiny, tiny_model, train_bpe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from lsm_lightning import module as module_module
 from lsm_lightning.datamodule import AlternatingTasks
@@ -225,6 +225,21 @@ def test_models_that_do_not_fit_are_told_before_the_first_step(
     assert line.startswith("error: ")
     for part in told:
         assert part.format(**folders) in line
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_student_that_would_mix_packed_sequences_may_not_pack(
+    settings, folders, steps, run, tmp_path, capsys, packing
+):
+    settings["model"]["packing"] = packing
+    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=340, num_attention_heads=2, init_std=0.2, pad_token_id=0, eos_token_id=1, **small)
+    OPTForCausalLM(config).save_pretrained(folders["student"])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false")
+    assert steps == ([] if packing else [0])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (f"model.packing: OPTForCausalLM ('{folders['student']}')" in line) == packing
 
 
 @pytest.mark.parametrize("source", ["teacher", "student", "union", "sampled_added"])
