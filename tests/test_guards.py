@@ -139,6 +139,20 @@ def not_a_number_in_the_student(folders: Folders) -> None:
     weights_with(torch.nan, folders["student"])
 
 
+def untied_with_one_bad_row(folder: Path) -> None:
+    """No logit of a text without this token is touched."""
+    tiny_model("qwen2-untied", seed=4, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    weights_with(torch.nan, folder)
+
+
+def not_a_number_where_none_looks_in_the_teacher(folders: Folders) -> None:
+    untied_with_one_bad_row(folders["teacher"])
+
+
+def not_a_number_where_none_looks_in_the_student(folders: Folders) -> None:
+    untied_with_one_bad_row(folders["student"])
+
+
 def narrower(folder: Path) -> None:
     """Weights of another width than the configuration says."""
     config = json.loads((folder / "config.json").read_text())
@@ -171,9 +185,11 @@ def another_vocabulary(folders: Folders) -> None:
 
 
 UNFIT: list[tuple[Callable[[Folders], None], list[str]]] = [
-    (not_a_number_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
-    (infinity_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
-    (not_a_number_in_the_student, ["{student}", "not finite", "dtype"]),
+    (not_a_number_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (infinity_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_in_the_student, ["{student}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_where_none_looks_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_where_none_looks_in_the_student, ["{student}", "model.embed_tokens.weight", "not finite", "dtype"]),
     (another_width_in_the_teacher, ["{teacher}", "cannot be loaded", "32", "48"]),
     (another_width_in_the_student, ["{student}", "cannot be loaded", "32", "48"]),
     (ids_beyond_the_student, ["{student}", "340 tokens", "300 rows"]),
