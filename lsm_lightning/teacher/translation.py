@@ -39,8 +39,8 @@ class Translation:
             device: Where log-probs are going to be.
 
         Raises:
-            ConfigurationError: A token has another id at the teacher, or its id is another token there, so that it would
-                misread the student's ids.
+            ConfigurationError: A token has another id at the teacher, or its id is another token there, so that the
+                teacher would misread the student's ids.
         """
         to_teacher = pair.vocab.to_teacher
         same = to_teacher == np.arange(len(to_teacher))
