@@ -1,5 +1,6 @@
 """One on-policy step: collect, score, mask, then micro-batches, then the optimiser."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -55,6 +56,8 @@ from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
 
+log = logging.getLogger(__name__)
+
 SKIPPED_STEPS_ALLOWED = 10
 """In a row, before a run that learns nothing is ended."""
 
@@ -74,7 +77,8 @@ class OnPolicyDistillation(LightningModule):
         eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
         mask: What to do where the two tokenizers merely spell differently: `repair` lets the teacher read its own
             spelling, the others leave positions out (the paper's way, for comparison).
-        reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks.
+        reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks. A step has one task here, so
+            that tasks, each with its own steps, count alike anyway, and `task_mean` is `token_mean`.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once a training step.
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
@@ -207,7 +211,7 @@ class OnPolicyDistillation(LightningModule):
             if self.objective.student_tokens > vocabulary:
                 raise ConfigurationError(
                     f"A support of k={self.objective.student_tokens} tokens was asked for, but the student "
-                    f"'{self.student_name}' has only {vocabulary}. Lower the objective's k."
+                    f"'{self.student_name}' has only {vocabulary}. Lower model.objective.init_args.k."
                 )
             for teacher in self.teachers.values():
                 teacher.setup(
@@ -346,7 +350,7 @@ class OnPolicyDistillation(LightningModule):
         groups: list[list[int]],
         done: Callable[[], None],
     ) -> tuple[StepTotals, float]:
-        """One optimiser step; none, with a message, where no process has a position to learn from.
+        """One optimiser step; none, with a warning, where no process has a position to learn from.
 
         Args:
             task: Whose turns they are.
@@ -388,7 +392,8 @@ class OnPolicyDistillation(LightningModule):
                 "another model.mask, or see tokenalign's report on the two tokenizers."
             )
         if kept == 0:
-            self.print("Skipped a step: the mask left no position to learn from.")
+            if self.trainer.is_global_zero:
+                log.warning("Skipped a step: the mask '%s' left no position to learn from.", self.mask)
         else:
             optimizer.step()
             if isinstance(scheduler, LRScheduler):
@@ -488,6 +493,7 @@ class OnPolicyDistillation(LightningModule):
         """Log `task/group/name` numbers, each a mean over all processes."""
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         tokens = sum(len(turn.completion.ids) for turn in turns)
+        turn_end, lost = support.turn_end[support.comparable].exp(), support.lost[support.comparable]
         sums: dict[str, tuple[float, float]] = {
             "train/reward": (sum(t.reward for t in trajectories), len(trajectories)),
             "train/turns": (len(turns), len(trajectories)),
@@ -496,7 +502,8 @@ class OnPolicyDistillation(LightningModule):
             "train/response_tokens": (tokens, len(turns)),
             "train/loss": (totals.loss, 1 / self.trainer.world_size),
             **{f"train/{name}": total for name, total in totals.metrics.items()},
-            "train/lost_mass": (float(support.lost[support.comparable].sum()), int(support.comparable.sum())),
+            "train/lost_mass": (float(lost.sum()), len(lost)),
+            "train/teacher_turn_end": (float(turn_end.sum()), len(turn_end)),
             "mask/kept": (totals.kept, tokens),
             "mask/lost": (int((~support.comparable).sum()), tokens),
             **{f"mask/{reason.lower()}": (count, tokens) for reason, count in mask.reasons.items()},

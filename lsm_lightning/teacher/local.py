@@ -102,8 +102,8 @@ class LocalTeacher(Teacher):
         self.translation = translate(self.pair, vocabulary, self.rows, self.path, device)
         if tokens is not None and tokens > self.translation.known:
             raise ConfigurationError(
-                f"A support of k={tokens} tokens was asked for, but student and teacher '{self.path}' share only "
-                f"{self.translation.known} tokens. Lower the objective's k."
+                f"A support of k={tokens} tokens was asked for, but the student '{student.name_or_path}' and the "
+                f"teacher '{self.path}' share only {self.translation.known}. Lower model.objective.init_args.k."
             )
         self.tokens = int(self.translation.members.sum()) if tokens is None else tokens
         self._rest()

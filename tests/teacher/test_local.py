@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.masks import loss_mask
 from lsm_lightning.objectives import LocalSupportMatching
-from lsm_lightning.pretrained import load_model, render
+from lsm_lightning.pretrained import load_model, load_tokenizer, render
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.teacher import local as local_module
@@ -275,12 +275,16 @@ def test_one_from_beyond_the_teachers_matrix_is_no_member(student_tokenizer, tea
 
 
 @pytest.mark.parametrize("respell", [False, True], ids=["as it stands", "respelled"])
-def test_a_support_larger_than_what_both_share_is_refused(teacher_folder, student_tokenizer, turns, respell):
+def test_a_support_larger_than_what_both_share_is_refused(teacher_folder, student_folder, turns, respell):
+    student_tokenizer = load_tokenizer(str(student_folder))
     shared = teacher_at(teacher_folder, student_tokenizer, respell=respell).translation.known
     assert shared > VOCABULARY - 5
     largest = teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared)
     assert asked(largest, turns).ids.shape[1] >= shared
-    with pytest.raises(ConfigurationError, match=rf"k={shared + 1} .* share only {shared} .*Lower the objective's k"):
+    told = (
+        rf"k={shared + 1} .*'{student_folder}'.*'{teacher_folder}' share only {shared} .*model\.objective\.init_args\.k"
+    )
+    with pytest.raises(ConfigurationError, match=told):
         teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared + 1)
 
 
