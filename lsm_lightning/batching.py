@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -123,7 +124,8 @@ def check_packing(model: PreTrainedModel, name: str) -> None:
     Raises:
         ConfigurationError: They differ by more than rounding: the model lets packed sequences read each other.
     """
-    rows = len(model.get_input_embeddings().weight)
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
     # Short, so that what stands before them is not forgotten, and all different.
     prompts = [[5 * i % rows] for i in range(8)]
     responses = [[(5 * i + j) % rows for j in range(1, 5)] for i in range(8)]
