@@ -281,9 +281,8 @@ def test_a_support_larger_than_what_both_share_is_refused(teacher_folder, studen
     assert shared > VOCABULARY - 5
     largest = teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared)
     assert asked(largest, turns).ids.shape[1] >= shared
-    told = (
-        rf"k={shared + 1} .*'{student_folder}'.*'{teacher_folder}' share only {shared} .*model\.objective\.init_args\.k"
-    )
+    sides = rf"'{student_folder}' and the teacher '{teacher_folder}' share only {shared}\."
+    told = rf"k={shared + 1} .*{sides} Lower model\.objective\.init_args\.k"
     with pytest.raises(ConfigurationError, match=told):
         teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared + 1)
 
