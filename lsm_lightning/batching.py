@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.types import Turn
 
 
@@ -107,6 +109,39 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "n
     """
     output = model.base_model(input_ids=batch.ids, position_ids=batch.position_ids, use_cache=False)
     return output.last_hidden_state[batch.row, batch.column]
+
+
+@torch.no_grad()
+def check_packing(model: PreTrainedModel, name: str) -> None:
+    """Compare hidden states of packed sequences with those of each sequence alone.
+
+    Models with a recurrent state, ALiBi or learned positions may take no notice of `position_ids` without a word.
+
+    Args:
+        model: In eval mode.
+        name: For the message.
+
+    Raises:
+        ConfigurationError: They differ by more than rounding: the model lets packed sequences read each other.
+    """
+    embedding: Any = model.get_input_embeddings()
+    rows = len(embedding.weight)
+    # Short, so that what stands before them is not forgotten, and all different.
+    prompts = [[5 * i % rows] for i in range(8)]
+    responses = [[(5 * i + j) % rows for j in range(1, 5)] for i in range(8)]
+    packed = hidden_states(model, TokenBatch.pack(prompts, responses, model.device)).float()
+    alone = torch.cat(
+        [
+            hidden_states(model, TokenBatch.pad([prompt], [response], model.device)).float()
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
+    )
+    error = float((packed - alone).norm() / alone.norm())
+    if not error < (0.03 if torch.finfo(model.dtype).bits < 32 else 0.001):
+        raise ConfigurationError(
+            f"model.packing: {type(model).__name__} ('{name}') does not keep packed sequences apart (its hidden states "
+            f"differ by {error:.2g} of their size from those of one sequence at a time). Set model.packing to false."
+        )
 
 
 def group_by_length(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:

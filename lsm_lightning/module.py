@@ -1,5 +1,6 @@
 """One on-policy step: collect, score, mask, then micro-batches, then the optimiser."""
 
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lsm_lightning.batching import check_packing
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
@@ -54,6 +56,8 @@ from lsm_lightning.teacher import Teacher
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
 
+log = logging.getLogger(__name__)
+
 SKIPPED_STEPS_ALLOWED = 10
 """In a row, before a run that learns nothing is ended."""
 
@@ -73,13 +77,15 @@ class OnPolicyDistillation(LightningModule):
         eval_sampling: How evaluations do, the teachers' too; the paper's way is the default.
         mask: What to do where the two tokenizers merely spell differently: `repair` lets the teacher read its own
             spelling, the others leave positions out (the paper's way, for comparison).
-        reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks.
+        reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks. A step has one task here, so
+            that tasks, each with its own steps, count alike anyway, and `task_mean` is `token_mean`.
         optimizer: Called with the student's parameters.
         lr_scheduler: Called with the optimizer; stepped once a training step.
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
             and speed, not the result.
         packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
-            where lengths differ much and attention skips what is masked (flash attention), not on a CPU.
+            where lengths differ much and attention skips what is masked (flash attention), not on a CPU. A student that
+            cannot keep packed sequences apart is refused.
         gradient_clip: Largest norm of the gradient.
         dtype: Of the student's weights. With `trainer.precision` bf16-mixed these stay as they are and the computing is
             done in bfloat16.
@@ -205,7 +211,7 @@ class OnPolicyDistillation(LightningModule):
             if self.objective.student_tokens > vocabulary:
                 raise ConfigurationError(
                     f"A support of k={self.objective.student_tokens} tokens was asked for, but the student "
-                    f"'{self.student_name}' has only {vocabulary}. Lower the objective's k."
+                    f"'{self.student_name}' has only {vocabulary}. Lower model.objective.init_args.k."
                 )
             for teacher in self.teachers.values():
                 teacher.setup(
@@ -219,6 +225,8 @@ class OnPolicyDistillation(LightningModule):
     def _load_student(self) -> PreTrainedModel:
         student = load_model(self.student_name, self.dtype_name, self.quantization)
         check_head(student, self.student_name)
+        if self.packing:
+            check_packing(student, self.student_name)
         check_vocabulary(student, self.tokenizer, self.student_name)
         return self._compiled(self.prepared(student))
 
@@ -342,7 +350,7 @@ class OnPolicyDistillation(LightningModule):
         groups: list[list[int]],
         done: Callable[[], None],
     ) -> tuple[StepTotals, float]:
-        """One optimiser step; none, with a message, where no process has a position to learn from.
+        """One optimiser step; none, with a warning, where no process has a position to learn from.
 
         Args:
             task: Whose turns they are.
@@ -384,7 +392,8 @@ class OnPolicyDistillation(LightningModule):
                 "another model.mask, or see tokenalign's report on the two tokenizers."
             )
         if kept == 0:
-            self.print("Skipped a step: the mask left no position to learn from.")
+            if self.trainer.is_global_zero:
+                log.warning("Skipped a step: the mask '%s' left no position to learn from.", self.mask)
         else:
             optimizer.step()
             if isinstance(scheduler, LRScheduler):
@@ -484,6 +493,7 @@ class OnPolicyDistillation(LightningModule):
         """Log `task/group/name` numbers, each a mean over all processes."""
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         tokens = sum(len(turn.completion.ids) for turn in turns)
+        turn_end, lost = support.turn_end[support.comparable].exp(), support.lost[support.comparable]
         sums: dict[str, tuple[float, float]] = {
             "train/reward": (sum(t.reward for t in trajectories), len(trajectories)),
             "train/turns": (len(turns), len(trajectories)),
@@ -492,7 +502,8 @@ class OnPolicyDistillation(LightningModule):
             "train/response_tokens": (tokens, len(turns)),
             "train/loss": (totals.loss, 1 / self.trainer.world_size),
             **{f"train/{name}": total for name, total in totals.metrics.items()},
-            "train/lost_mass": (float(support.lost[support.comparable].sum()), int(support.comparable.sum())),
+            "train/lost_mass": (float(lost.sum()), len(lost)),
+            "train/teacher_turn_end": (float(turn_end.sum()), len(turn_end)),
             "mask/kept": (totals.kept, tokens),
             "mask/lost": (int((~support.comparable).sum()), tokens),
             **{f"mask/{reason.lower()}": (count, tokens) for reason, count in mask.reasons.items()},

@@ -91,7 +91,7 @@ def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None 
     """The model in eval mode on the CPU, from safetensors only.
 
     Raises:
-        ConfigurationError: The model cannot be loaded.
+        ConfigurationError: The model cannot be loaded, or a weight is not finite.
     """
     options: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), "use_safetensors": True}
     if quantization is not None:
@@ -106,7 +106,23 @@ def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None 
             raise ValueError(f"{weight} is {list(found)} in its weights and {list(expected)} by its config.json.")
         for weight in sorted(report["missing_keys"]):
             raise ValueError(f"{weight} is not among its weights.")
+    # Told here, since a row that is seldom used would look as if training had diverged.
+    for weight, value in model.named_parameters():
+        if not _finite(value):
+            raise ConfigurationError(
+                f"The model '{name}' has numbers in {weight} that are not finite, in {value.dtype}: set its dtype to "
+                "float32 if that is too narrow for them, or get its weights anew."
+            )
     return model.eval()
+
+
+def _finite(weight: torch.nn.Parameter) -> bool:
+    """Whether a weight holds numbers only; of quantised weights, whose bits mean something else, nobody knows."""
+    quantised = type(weight) is not torch.nn.Parameter or weight.element_size() < 2
+    if quantised or not weight.is_floating_point() or not weight.numel():
+        return True
+    # Much faster than a look at each number, and without a copy; a NaN is its own extreme.
+    return bool(torch.stack(weight.detach().aminmax()).isfinite().all())
 
 
 def load_skeleton(name: str) -> PreTrainedModel:

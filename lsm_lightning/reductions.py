@@ -10,6 +10,9 @@ from torch import Tensor
 Reduction = Literal["token_mean", "sequence_mean", "task_mean"]
 """`token_mean`: every position counts alike (arXiv 2603.25562, Eq. 8). `sequence_mean`: every turn does, and within it
 every position (what the paper's code comes to). `task_mean`: every task of the step does, and within it every position.
+
+A step of `OnPolicyDistillation` has one task, so that `task_mean` is `token_mean` there: tasks take turns and count
+alike by having a step each. It differs for callers of `position_weights` whose steps mix tasks.
 """
 
 

@@ -65,7 +65,8 @@ class Support:
     ids: Int[Tensor, "n k"]
     """Ids of the student's vocabulary; 0 where there is no member."""
     log_probs: Float[Tensor, "n k"]
-    """Nats, over the teacher's whole vocabulary: `exp` of a row sums to 1 minus the tail. -inf: no member."""
+    """Nats, over the teacher's whole vocabulary: `exp` of a row sums to 1 minus the tail, never to more than 1. An id
+    that rivals its end of a turn means nothing to it and takes a share of the tail. -inf: no member."""
     sampled: Float[Tensor, " n"]
     """Nats: the teacher's log-prob of the token that the student sampled, where `alike`."""
     turn_end: Float[Tensor, " n"]

@@ -6,8 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import FAMILIES, random_ids, tiny_model
 from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BloomConfig, MambaConfig, OPTConfig, PreTrainedModel
 
-from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, spans
+from lsm_lightning.batching import TokenBatch, check_packing, group_by_length, hidden_states, spans
+from lsm_lightning.errors import ConfigurationError
 
 CPU = torch.device("cpu")
 token_lists = st.lists(st.integers(1, 99), max_size=6)
@@ -73,6 +75,41 @@ def test_without_positions_packed_sequences_would_read_each_other(family):
     packed = replace(TokenBatch.pack(PROMPTS, RESPONSES, CPU), position_ids=None)
     with torch.no_grad():
         assert (hidden_states(model, packed) - apart(model)).abs().max() > 0.01
+
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_that_read_positions_may_be_packed(family, dtype):
+    check_packing(tiny_model(family).to(dtype), "mine")
+
+
+MIXING = {
+    "learned positions": OPTConfig(hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, init_std=0.2),
+    "ALiBi": BloomConfig(hidden_size=32, n_head=2, initializer_range=0.2),
+    "recurrent": MambaConfig(hidden_size=32, state_size=4, initializer_range=0.2),
+}
+
+
+def mixing_model(kind: str) -> PreTrainedModel:
+    """Of a family that packed sequences read each other in."""
+    config = MIXING[kind]
+    config.update({"vocab_size": 340, "num_hidden_layers": 2, "num_attention_heads": 2, "eos_token_id": None})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", MIXING)
+def test_families_that_do_not_are_refused(kind, dtype):
+    model = mixing_model(kind).to(dtype)
+    told = rf"model\.packing: {type(model).__name__} \('mine'\).*model\.packing to false"
+    with pytest.raises(ConfigurationError, match=told) as caught:
+        check_packing(model, "mine")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])

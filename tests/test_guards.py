@@ -13,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 from tiny import TEACHER_END, chat_tokenizer, save_tiny, tiny_model, train_bpe
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig, OPTForCausalLM
 
 from lsm_lightning import module as module_module
 from lsm_lightning.datamodule import AlternatingTasks
@@ -46,8 +46,7 @@ def test_the_trained_student_is_left_in_transformers_format(run, arguments, tmp_
     assert str(folder / "student") in capsys.readouterr().out
 
 
-def test_a_run_that_learns_nothing_ends(run, arguments, monkeypatch, capsys):
-    """With the progress line, which a skipped step prints past."""
+def test_a_run_that_learns_nothing_ends(run, arguments, monkeypatch, capsys, caplog):
     right = module_module.loss_mask
 
     def nothing(*arguments):
@@ -57,9 +56,9 @@ def test_a_run_that_learns_nothing_ends(run, arguments, monkeypatch, capsys):
 
     monkeypatch.setattr(module_module, "loss_mask", nothing)
     assert run(*arguments, "--summary.evaluate", "false") == 2
-    told = capsys.readouterr()
-    assert told.out.count("Skipped a step") == SKIPPED_STEPS_ALLOWED
-    assert told.err.startswith("error: The mask 'tags' left no position")
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert warnings == ["Skipped a step: the mask 'tags' left no position to learn from."] * SKIPPED_STEPS_ALLOWED
+    assert capsys.readouterr().err.startswith("error: The mask 'tags' left no position")
 
 
 def test_a_run_that_diverges_stops_in_one_line_and_keeps_its_last_checkpoint(run, arguments, tmp_path, capsys):
@@ -139,6 +138,20 @@ def not_a_number_in_the_student(folders: Folders) -> None:
     weights_with(torch.nan, folders["student"])
 
 
+def untied_with_one_bad_row(folder: Path) -> None:
+    """No logit of a text without this token is touched."""
+    tiny_model("qwen2-untied", seed=4, eos_token_id=1, pad_token_id=0).save_pretrained(folder)
+    weights_with(torch.nan, folder)
+
+
+def not_a_number_where_none_looks_in_the_teacher(folders: Folders) -> None:
+    untied_with_one_bad_row(folders["teacher"])
+
+
+def not_a_number_where_none_looks_in_the_student(folders: Folders) -> None:
+    untied_with_one_bad_row(folders["student"])
+
+
 def narrower(folder: Path) -> None:
     """Weights of another width than the configuration says."""
     config = json.loads((folder / "config.json").read_text())
@@ -171,9 +184,11 @@ def another_vocabulary(folders: Folders) -> None:
 
 
 UNFIT: list[tuple[Callable[[Folders], None], list[str]]] = [
-    (not_a_number_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
-    (infinity_in_the_teacher, ["{teacher}", "not finite", "dtype"]),
-    (not_a_number_in_the_student, ["{student}", "not finite", "dtype"]),
+    (not_a_number_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (infinity_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_in_the_student, ["{student}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_where_none_looks_in_the_teacher, ["{teacher}", "model.embed_tokens.weight", "not finite", "dtype"]),
+    (not_a_number_where_none_looks_in_the_student, ["{student}", "model.embed_tokens.weight", "not finite", "dtype"]),
     (another_width_in_the_teacher, ["{teacher}", "cannot be loaded", "32", "48"]),
     (another_width_in_the_student, ["{student}", "cannot be loaded", "32", "48"]),
     (ids_beyond_the_student, ["{student}", "340 tokens", "300 rows"]),
@@ -227,6 +242,21 @@ def test_models_that_do_not_fit_are_told_before_the_first_step(
         assert part.format(**folders) in line
 
 
+@pytest.mark.parametrize("packing", [True, False])
+def test_a_student_that_would_mix_packed_sequences_may_not_pack(
+    settings, folders, steps, run, tmp_path, capsys, packing
+):
+    settings["model"]["packing"] = packing
+    small = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 2}
+    config = OPTConfig(vocab_size=340, num_attention_heads=2, init_std=0.2, pad_token_id=0, eos_token_id=1, **small)
+    OPTForCausalLM(config).save_pretrained(folders["student"])
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false")
+    assert steps == ([] if packing else [0])
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (f"model.packing: OPTForCausalLM ('{folders['student']}')" in line) == packing
+
+
 @pytest.mark.parametrize("source", ["teacher", "student", "union", "sampled_added"])
 def test_a_support_larger_than_the_vocabulary_is_told_before_the_first_step(
     settings, folders, steps, run, tmp_path, capsys, source
@@ -236,8 +266,9 @@ def test_a_support_larger_than_the_vocabulary_is_told_before_the_first_step(
     assert run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false") == 2
     line = capsys.readouterr().err.strip().splitlines()[-1]
     assert steps == []
-    for part in ("error: ", "k=341", "student", "Lower the objective's k"):
+    for part in ("error: ", "k=341", str(folders["student"]), "Lower model.objective.init_args.k"):
         assert part in line
+    assert (str(folders["teacher"]) in line) == (source in ("teacher", "sampled_added"))
 
 
 def test_models_that_fit_begin_their_first_step(settings, folders, steps, run, tmp_path):

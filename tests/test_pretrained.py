@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import PAD
 
 from lsm_lightning.errors import ConfigurationError
@@ -145,3 +146,23 @@ def test_a_conversation_is_rendered_as_its_template_says(student_tokenizer):
 
 def test_a_hub_id_is_left_to_transformers():
     assert locate("owner/name") == "owner/name"
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("weight", ["model.embed_tokens.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_weight_that_is_not_finite_is_named(copied, weight, value):
+    weights = load_file(copied / "model.safetensors")
+    weights[weight][-1, -1] = value
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=rf"{weight} that are not finite.*float32 if") as caught:
+        load_model(str(copied), "bfloat16")
+    assert_clear(caught.value, str(copied))
+
+
+def test_a_weight_too_large_for_its_type_is_told_and_its_remedy_helps(copied):
+    weights = load_file(copied / "model.safetensors")
+    weights["model.norm.weight"][0] = 1e6
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigurationError, match=r"model\.norm\.weight .*torch\.float16: set its dtype to float32"):
+        load_model(str(copied), "float16")
+    load_model(str(copied), "float32")

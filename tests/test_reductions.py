@@ -66,6 +66,13 @@ def test_turns_of_equal_length_make_tokens_and_sequences_count_alike(length, num
     assert_close(weights("token_mean", turns), weights("task_mean", turns))
 
 
+@given(turns=turns_of_positions, task=st.integers(0, TASKS - 1))
+def test_in_a_step_of_one_task_the_mean_over_tasks_is_that_over_tokens(turns, task):
+    """As in every step of a run."""
+    of_one = [(task, keep) for _, keep in turns]
+    assert_close(weights("task_mean", of_one), weights("token_mean", of_one))
+
+
 def test_turns_of_other_lengths_do_not():
     turns = [(0, [True] * 4), (1, [True]), (1, [True, False])]
     token, sequence, task = (weights(reduction, turns).tolist() for reduction in REDUCTIONS)

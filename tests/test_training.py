@@ -185,7 +185,7 @@ def test_the_same_settings_give_the_same_run_bit_for_bit(prepare):
     assert largest_change(one.weights, reseeded.weights) > 1e-4
 
 
-def test_a_step_whose_mask_keeps_nothing_is_skipped_and_the_run_goes_on(prepare, monkeypatch, capsys):
+def test_a_step_whose_mask_keeps_nothing_is_skipped_and_the_run_goes_on(prepare, monkeypatch, caplog):
     right, calls = module_module.loss_mask, []
 
     def nothing_at_the_second(*arguments: Any) -> Any:
@@ -196,7 +196,8 @@ def test_a_step_whose_mask_keeps_nothing_is_skipped_and_the_run_goes_on(prepare,
     monkeypatch.setattr(module_module, "loss_mask", nothing_at_the_second)
     run = prepare(3)
     run.fit()
-    assert capsys.readouterr().out.count("Skipped a step") == 1
+    told = [(record.name, record.levelname) for record in caplog.records if "Skipped a step" in record.message]
+    assert told == [("lsm_lightning.module", "WARNING")]
     assert_identical(calls[1], calls[2])  # nothing moved, not even by momentum
     assert run.trainer.global_step == 3
     assert run.data.step == 4
@@ -273,12 +274,14 @@ def test_what_cannot_be_compared_is_left_out_and_told(prepare, monkeypatch):
             comparable=here,
             log_probs=support.log_probs.masked_fill(~here[:, None], -torch.inf),
             lost=torch.where(here, 0.25, torch.nan),
+            turn_end=torch.where(here, torch.tensor([0.2, 0.6]).log()[torch.arange(len(here)) % 4 // 2], torch.nan),
         )
 
     monkeypatch.setattr(run.module.teachers["sums"], "score", every_other)
     (step,) = run.fit().history.steps
     assert step["sums/mask/lost"] == step["sums/mask/kept"] == pytest.approx(0.5, abs=0.02)
     assert step["sums/train/lost_mass"] == pytest.approx(0.25)
+    assert step["sums/train/teacher_turn_end"] == pytest.approx(0.4, abs=0.02)
 
 
 @pytest.mark.parametrize(("objective", "kept"), [(SampledToken(), 0.5), (LocalSupportMatching(k=8), 1.0)])
@@ -427,7 +430,9 @@ def test_numbers_of_a_step_are_in_their_bounds(prepare):
     for step in run.history.steps:
         for name, value in step.items():
             assert value == value, name
-            if "/mask/" in name or name.endswith(("reward", "truncated", "mass_outside", "lost_mass", "agreement")):
+            if "/mask/" in name or name.endswith(
+                ("reward", "truncated", "mass_outside", "lost_mass", "turn_end", "agreement")
+            ):
                 assert -1e-6 <= value <= 1 + 1e-6, name
 
 

@@ -39,6 +39,9 @@ LOGITS_AT_ONCE = 2**24
 class LocalTeacher(Teacher):
     """A frozen model on the student's device, which reads the prompt under its own chat template.
 
+    Its logits are summed in float32 or wider on a GPU, where that is free. On a CPU those of a half-precision teacher
+    are rounded to its type, as the model itself does it, and not worth the last digits.
+
     Args:
         path: An embedded model (`embedded:math-teacher`), a folder in transformers format, or a hub id.
         dtype: Of its weights; `auto` takes what the model was saved in.
@@ -99,8 +102,8 @@ class LocalTeacher(Teacher):
         self.translation = translate(self.pair, vocabulary, self.rows, self.path, device)
         if tokens is not None and tokens > self.translation.known:
             raise ConfigurationError(
-                f"A support of k={tokens} tokens was asked for, but student and teacher '{self.path}' share only "
-                f"{self.translation.known} tokens. Lower the objective's k."
+                f"A support of k={tokens} tokens was asked for, but the student '{student.name_or_path}' and the "
+                f"teacher '{self.path}' share only {self.translation.known}. Lower model.objective.init_args.k."
             )
         self.tokens = int(self.translation.members.sum()) if tokens is None else tokens
         self._rest()
@@ -194,7 +197,7 @@ class LocalTeacher(Teacher):
         rows = max(1, LOGITS_AT_ONCE // self.rows)
         for part in torch.arange(len(position), device=position.device).split(rows):
             at = position[part].clamp(min=0)
-            log_probs = head.all_logits(hidden[at]).log_softmax(-1)
+            log_probs = head.all_logits(hidden[at], exact=hidden.is_cuda).log_softmax(-1)
             yield self._answer(log_probs, targets[at], position[part] >= 0, sampled[part], added[part])
 
     def _answer(

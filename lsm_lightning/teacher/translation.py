@@ -1,5 +1,6 @@
 """A teacher's log-probs in terms of the student's ids."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +39,18 @@ class Translation:
             device: Where log-probs are going to be.
 
         Raises:
-            ConfigurationError: A token has another id at the teacher, so that it would misread the student's ids.
+            ConfigurationError: A token has another id at the teacher, or its id is another token there, so that the
+                teacher would misread the student's ids.
         """
         to_teacher = pair.vocab.to_teacher
         same = to_teacher == np.arange(len(to_teacher))
-        if moved := int((~same & (to_teacher >= 0)).sum()):
+        moved = np.flatnonzero(~same & (to_teacher >= 0))
+        # The same bytes in another role are read rightly; an id that is padding there is no member and left out.
+        other = [i for i in pair.collisions if pair.student.pieces[i] != pair.teacher.pieces[i]]
+        if differing := len({*moved.tolist(), *other}):
             raise ConfigurationError(
-                f"The vocabularies of the student and of the teacher '{name}' differ: {moved} of the student's "
-                f"{len(to_teacher)} tokens have another id there, and it would read the student's ids as they stand. "
+                f"The vocabularies of the student and of the teacher '{name}' differ: {differing} of the student's "
+                f"{len(to_teacher)} ids are other tokens there, and it would read the student's ids as they stand. "
                 "Set model.mask to repair, which gives it its own spelling of the texts."
             )
         to_student = np.full(rows, -1, np.int32)
@@ -114,8 +119,9 @@ class Translation:
     ) -> tuple[Int[Tensor, "n m"], Float[Tensor, "n m"], Float[Tensor, " n"]]:
         """The members of a support by the student's ids, their log-probs (-inf: no member), and the mass lost.
 
-        Rivals are members, no more probable than the least probable of the others. Without them a student could take
-        to the teacher's way of ending a turn unseen: the teacher means an end, and the id is in no other support.
+        Rivals are members, no more probable than the least probable of the others, nor than their even share of what
+        all these leave over, so that no row sums to more than 1. Without them a student could take to the teacher's way
+        of ending a turn unseen: the teacher means an end, and the id is in no other support.
 
         Args:
             log_probs: The teacher's, over its whole vocabulary, with the end of a turn as one token (`merged`).
@@ -127,9 +133,12 @@ class Translation:
         ids, members = torch.cat((top, added), -1), torch.cat((values, more), -1)
         if len(self.rivals) and ids.shape[1]:
             least = members.masked_fill(members == -torch.inf, torch.inf).amin(-1, keepdim=True)
-            least = least.masked_fill(least == torch.inf, -torch.inf).expand(-1, len(self.rivals))
+            least = least.masked_fill(least == torch.inf, -torch.inf)
+            left = 1 - members.exp().sum(-1, keepdim=True) - lost.unsqueeze(-1)
+            # One more share than there are rivals, or nothing would be left over for all other tokens.
+            share = left.clamp(min=torch.finfo(left.dtype).eps).log() - math.log(len(self.rivals) + 1)
             ids = torch.cat((ids, self.rivals.expand(len(ids), -1)), -1)
-            members = torch.cat((members, least), -1)
+            members = torch.cat((members, torch.minimum(least, share).expand(-1, len(self.rivals))), -1)
         return ids, members, lost
 
     def merged(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:

@@ -8,14 +8,17 @@ from slow import all_response_logits, sampled_ids, tensor_sizes, turn_of
 from teachers import VOCABULARY, K, asked, members, nothing_added, slow_log_probs, teacher_at
 from tiny import PAD, STUDENT_END, TEACHER_END, THINK_TAGS, random_ids, tiny_model
 from torch.testing import assert_close
+from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.masks import loss_mask
-from lsm_lightning.pretrained import render
+from lsm_lightning.objectives import LocalSupportMatching
+from lsm_lightning.pretrained import load_model, load_tokenizer, render
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.teacher import local as local_module
 from lsm_lightning.types import Support
+from lsm_lightning.update import accumulate_gradients
 
 
 @pytest.fixture(scope="module")
@@ -194,6 +197,28 @@ def test_bf16_scores_are_those_of_float32_within_rounding(student_tokenizer, tea
     assert (unlike - exact.sampled).abs().max() > 0.15
 
 
+@pytest.mark.parametrize("respell", [False, True], ids=["as it stands", "respelled"])
+@pytest.mark.parametrize(("dtype", "most"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_a_student_has_nothing_to_learn_from_itself(student_folder, student_tokenizer, turns, dtype, most, respell):
+    """On a CPU its logits as a teacher are rounded to its type."""
+    objective = LocalSupportMatching(k=K, support="tail_bucket")
+    teacher = teacher_at(student_folder, student_tokenizer, dtype=dtype, respell=respell)
+    itself = load_model(str(student_folder), dtype)
+    support = asked(teacher, turns)
+    weights = support.comparable.float() / support.comparable.sum()
+
+    def loss(student: PreTrainedModel) -> float:
+        groups = [[*range(len(turns))]]
+        return accumulate_gradients(
+            student, objective, turns, support, weights, groups=groups, backward=lambda loss: None
+        ).loss
+
+    assert abs(loss(itself)) < most
+    with torch.no_grad():
+        itself.get_output_embeddings().weight *= 1.5  # the control
+    assert loss(itself) > 10 * most
+
+
 # ---- what never enters ----------------------------------------------------------------------------------------------
 
 
@@ -250,28 +275,26 @@ def test_one_from_beyond_the_teachers_matrix_is_no_member(student_tokenizer, tea
 
 
 @pytest.mark.parametrize("respell", [False, True], ids=["as it stands", "respelled"])
-def test_a_support_larger_than_what_both_share_is_refused(teacher_folder, student_tokenizer, turns, respell):
+def test_a_support_larger_than_what_both_share_is_refused(teacher_folder, student_folder, turns, respell):
+    student_tokenizer = load_tokenizer(str(student_folder))
     shared = teacher_at(teacher_folder, student_tokenizer, respell=respell).translation.known
     assert shared > VOCABULARY - 5
     largest = teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared)
     assert asked(largest, turns).ids.shape[1] >= shared
-    with pytest.raises(ConfigurationError, match=rf"k={shared + 1} .* share only {shared} .*Lower the objective's k"):
+    sides = rf"'{student_folder}' and the teacher '{teacher_folder}' share only {shared}\."
+    told = rf"k={shared + 1} .*{sides} Lower model\.objective\.init_args\.k"
+    with pytest.raises(ConfigurationError, match=told):
         teacher_at(teacher_folder, student_tokenizer, respell=respell, tokens=shared + 1)
 
 
-def test_weights_that_are_not_numbers_are_told_at_the_latest_when_they_matter(
-    teacher_tokenizer, student_tokenizer, turns, tmp_path
-):
-    """A row that the check at load does not touch."""
-    model = tiny_model("qwen2-untied", seed=4, eos_token_id=2, pad_token_id=0)
+@pytest.mark.parametrize("respell", [False, True], ids=["as it stands", "respelled"])
+def test_answers_that_are_not_numbers_are_told(student_tokenizer, teacher_folder, turns, respell):
+    """Weights that were finite at load may still overflow on the way, in half precision above all."""
+    teacher = teacher_at(teacher_folder, student_tokenizer, respell=respell)
     with torch.no_grad():
-        model.base_model.embed_tokens.weight[turns[1].completion.ids[0]] = torch.nan
-    model.save_pretrained(tmp_path)
-    teacher_tokenizer.save_pretrained(tmp_path)
-    for respell in (False, True):
-        teacher = teacher_at(tmp_path, student_tokenizer, respell=respell)
-        with pytest.raises(ConfigurationError, match=rf"{tmp_path}.*not finite.*dtype"):
-            asked(teacher, turns)
+        teacher.model.get_input_embeddings().weight[turns[1].completion.ids[0]] = torch.inf
+    with pytest.raises(ConfigurationError, match=rf"{teacher_folder}.*not finite.*dtype"):
+        asked(teacher, turns)
 
 
 def test_a_missing_teacher_fails_before_anything_is_loaded():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from slow import all_response_logits, sampled_ids, turn_of
 from teachers import TEXTS, K, Meanings, asked, members, slow_answers, teacher_at, written
-from tiny import STUDENT_END, TEACHER_END, THINK_TAGS, chat_tokenizer, save_tiny, train_bpe
+from tiny import STUDENT_END, TEACHER_END, THINK_TAGS, chat_tokenizer, save_tiny, tiny_model, train_bpe
 from tokenizers import Tokenizer
 
 from lsm_lightning.errors import ConfigurationError
@@ -37,6 +37,21 @@ def shuffled_bpe() -> Tokenizer:
 def other_bpe() -> Tokenizer:
     """Trained on another text: most longer tokens are others, and fewer."""
     return train_bpe(OTHER_CORPUS, 300)
+
+
+def bpe_with_another_end(kept: int = 310) -> Tokenizer:
+    """The student's ids up to some number, and from there tokens that the student has under no id at all."""
+    spec = json.loads(train_bpe().to_str())
+    vocab = spec["model"]["vocab"]
+    gone = {token for token, id in vocab.items() if id >= kept}
+    merges = [merge for merge in spec["model"]["merges"] if gone.isdisjoint((*merge, "".join(merge)))]
+    new = [["Q", letter] for letter in "abcdefghijklmnopqrstuvwxyzABCD"]
+    spec["model"]["merges"] = merges + new
+    spec["model"]["vocab"] = {token: id for token, id in vocab.items() if id < kept} | {
+        "".join(merge): kept + number for number, merge in enumerate(new)
+    }
+    spec["added_tokens"] = [token for token in spec["added_tokens"] if token["id"] < kept]
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 TEACHERS = {
@@ -168,9 +183,45 @@ def test_ending_is_one_token_on_both_sides(teacher_folder, student_tokenizer, te
     for n, found in enumerate(members(support)):
         if support.comparable[n]:
             assert found[ours] == pytest.approx(support.turn_end[n].item(), abs=1e-6)
-            # The teacher's id is no way for the student to end: it is as unlikely as the least likely member.
+            # The teacher's id is no way for the student to end: it is no likelier than the least likely member.
             assert found[theirs] == min(found.values())
     assert support.sampled[ends].tolist() == support.turn_end[ends].tolist()
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("sharpness", [0.1, 1.0, 30.0], ids=["flat", "as it is", "peaked"])
+def test_rivals_take_no_more_than_the_others_leave_over(teacher, sharpness, k):
+    """However sure the teacher is of its first tokens, and whatever the student lacks of them."""
+    logits = sharpness * torch.randn(200, teacher.rows, generator=torch.Generator().manual_seed(7))
+    log_probs = teacher.translation.merged(logits.log_softmax(-1))
+    nothing = torch.zeros((len(logits), 0), dtype=torch.long)
+    ids, found, lost = teacher.translation.translate(log_probs, k, nothing)
+    sums = found.exp().sum(-1) + lost
+    assert (sums <= 1 + 1e-6).all()
+    rivals, others = found[:, k:], found[:, :k]
+    assert ids[:, k:].tolist() == [teacher.translation.rivals.tolist()] * len(ids)
+    assert rivals.shape[1] == 0 or (sums > others.exp().sum(-1) + lost).any()  # they have some
+    least = others.masked_fill(others == -torch.inf, torch.inf).amin(-1, keepdim=True)
+    assert (rivals <= least).all()
+    assert (rivals.isfinite() == least.isfinite()).all()
+    assert not found.isnan().any()
+
+
+def test_beside_one_member_and_its_rival_something_is_left_over(student, teacher_folder, student_tokenizer):
+    """What is logged of a sure teacher's mass outside is a probability."""
+    objective = LocalSupportMatching(k=1, support="tail_bucket")
+    teacher = teacher_at(teacher_folder, student_tokenizer, respell=True, tokens=1)
+    with torch.no_grad():
+        teacher.model.get_output_embeddings().weight *= 5
+    answers = written(student_tokenizer, TEXTS)
+    support = asked(teacher, answers)
+    weights = support.comparable.double() / support.comparable.sum()
+    groups = [[*range(len(answers))]]
+    totals = accumulate_gradients(
+        student, objective, answers, support, weights, groups=groups, backward=lambda loss: None
+    )
+    outside, number = totals.metrics["teacher_mass_outside"]
+    assert 0 <= outside / number < 0.5
 
 
 def test_all_ends_of_the_student_mean_the_end_and_count_once(student_tokenizer, teacher_folder, tmp_path):
@@ -223,6 +274,18 @@ def test_another_vocabulary_is_refused_without_repair_and_told_the_remedy(studen
         ConfigurationError, match=rf"student and of the teacher '{folder}' differ: \d+ .*mask to repair"
     ):
         teacher_at(folder, student_tokenizer)
+
+
+def test_ids_that_are_padding_at_the_teacher_are_no_difference(student_tokenizer, tmp_path):
+    """A shorter vocabulary in a matrix of as many rows, beside one that has other tokens there."""
+    short = chat_tokenizer(train_bpe(size=310), TEACHER_END)
+    assert short.get_vocab().items() <= student_tokenizer.get_vocab().items()
+    save_tiny(tmp_path / "short", short, seed=2)
+    tiny_model(vocabulary=340, seed=2, eos_token_id=2, pad_token_id=0).save_pretrained(tmp_path / "short")
+    assert teacher_at(tmp_path / "short", student_tokenizer).translation.known == 310
+    save_tiny(tmp_path / "other", chat_tokenizer(bpe_with_another_end(), TEACHER_END), seed=2)
+    with pytest.raises(ConfigurationError, match=r"differ: 30 of the student's 340 ids are other tokens there"):
+        teacher_at(tmp_path / "other", student_tokenizer)
 
 
 def test_vocabularies_with_next_to_nothing_in_common_are_refused(student_tokenizer, tmp_path):
