@@ -55,7 +55,8 @@ def gather_logits(
             f"{len(weight) - 1}: give ids of the student's vocabulary."
         )
     logits: Float[Tensor, "n k"] = _GatherLogits.apply(hidden, weight, ids)
-    return logits if bias is None else logits + bias[ids]
+    # Widened first, or an id that recurs would add up its gradients in the bias's type.
+    return logits if bias is None else logits + bias.to(logits.dtype)[ids]
 
 
 class _GatherLogits(torch.autograd.Function):

@@ -257,6 +257,19 @@ def test_bf16_is_summed_in_float32_and_only_its_gradients_are_rounded():
         assert relative(mine, true) < bound, name
 
 
+def bias_gradient(dtype: torch.dtype) -> Tensor:
+    """Of 4096 positions that ask for 20 ids again and again, from numbers that bf16 can hold."""
+    bias = torch.zeros(20, dtype=dtype, requires_grad=True)
+    ids = torch.randint(20, (4096, 4), generator=torch.Generator().manual_seed(4))
+    logits = gather_logits(torch.zeros(4096, 2, dtype=dtype), torch.zeros(20, 2, dtype=dtype), ids, bias)
+    factor = drawn(*ids.shape, seed=9).mul(0.1).add(1e-3).bfloat16()
+    return torch.autograd.grad((logits * factor.to(logits.dtype)).sum(), bias)[0]
+
+
+def test_the_gradient_of_a_bf16_bias_is_summed_in_float32():
+    assert relative(bias_gradient(torch.bfloat16), bias_gradient(torch.float64)) < 2**-8
+
+
 def test_wide_products_of_half_precision_have_the_gradients_of_wide_factors():
     hidden, weight, bias, _ = inputs()
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
