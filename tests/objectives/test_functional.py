@@ -111,6 +111,48 @@ def test_half_precision_is_widened_not_computed_in(support, divergence):
     assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def far_apart(dtype: torch.dtype, support: str, divergence: str) -> tuple[Tensor, Tensor]:
+    """Loss and gradient where student or teacher is 120 nats below the other; bf16 holds every number."""
+    student = torch.tensor([[0.0, 0.0], [0.0, -120.0], [0.0, -120.0]]).to(dtype).requires_grad_()
+    teacher = torch.tensor([[0.0, -120.0], [0.0, 0.0], [-120.0, 0.0]]).to(dtype)
+    value = support_divergence(student, teacher, support=support, divergence=divergence)
+    return value.detach(), torch.autograd.grad(value.sum(), student)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("support", "divergence"), [case for case in ALL if case[0] != "tail_bucket"])
+def test_a_finite_log_prob_counts_as_it_is_however_small(support, divergence, dtype):
+    """Other than with a tail, which here would hold nothing."""
+    for ours, exact in zip(
+        far_apart(dtype, support, divergence), far_apart(torch.float64, support, divergence), strict=True
+    ):
+        assert_close(ours.double(), exact, rtol=2**-8 if ours.dtype == torch.bfloat16 else 1e-6, atol=1e-30)
+
+
+def test_120_nats_are_120_nats():
+    value, gradient = far_apart(torch.float32, "renormalise", "reverse_kl")
+    assert value[0] == pytest.approx(60 - math.log(2))
+    assert far_apart(torch.float32, "renormalise", "forward_kl")[1][1].tolist() == pytest.approx([0.5, -0.5])
+
+
+def test_a_member_that_the_student_cannot_write_counts_as_the_smallest_normal_number():
+    student, teacher = torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log()
+    smallest = math.log(torch.finfo(torch.float32).tiny)
+    value = support_divergence(student, teacher, divergence="forward_kl")
+    assert value.item() == pytest.approx(-math.log(2) - smallest / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tail_below_epsilon_counts_as_epsilon(dtype):
+    eps = torch.finfo(dtype).eps
+    student = torch.tensor([1 - eps / 4], dtype=torch.float64).log().to(dtype).requires_grad_()
+    teacher = torch.tensor([0.5], dtype=dtype).log()
+    value = support_divergence(student, teacher, support="tail_bucket", divergence="forward_kl")
+    assert value.item() == pytest.approx(-math.log(2) - math.log(eps) / 2)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.tolist() == pytest.approx([-0.5])  # the member's own share: the tail gives none
+
+
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_rounding_the_inputs_to_bf16_moves_the_loss_by_that_rounding_only(support):
     student, teacher = random_log_probs(50, 4, seed=1), random_log_probs(50, 4, seed=2)
