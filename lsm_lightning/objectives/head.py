@@ -216,7 +216,8 @@ class OutputHead:
         Computed tile by tile, and once more in the backward pass. Tiles are cut along the vocabulary, so that each
         touches its own part of the weight's gradient only.
         """
-        blocks = hidden.split(NORMALISER_POSITIONS)
+        # Widened first, or the gradients of the tiles would be added up in the hidden states' type.
+        blocks = hidden.to(_wide(hidden, self.weight)).split(NORMALISER_POSITIONS)
         tiles = self._tiles(max(1, NORMALISER_ELEMENTS // max(1, len(blocks[0]))))
         return torch.cat([torch.stack([tile._log_sum_exp(b) for tile in tiles]).logsumexp(0) for b in blocks])
 

@@ -270,6 +270,21 @@ def test_the_gradient_of_a_bf16_bias_is_summed_in_float32():
     assert relative(bias_gradient(torch.bfloat16), bias_gradient(torch.float64)) < 2**-8
 
 
+def test_the_gradient_of_a_bf16_normaliser_is_summed_over_tiles_in_float32(monkeypatch):
+    """Of 250 tiles it is as exact as of one."""
+    hidden, weight = (drawn(*shape, seed=shape[0]).bfloat16().requires_grad_() for shape in ((8, 64), (2000, 64)))
+
+    def error(head: OutputHead, tile: int) -> float:
+        monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", len(hidden) * tile)
+        return relative(gradients(head.log_normaliser(hidden), hidden)[0], exact)
+
+    wide = hidden.detach().double().requires_grad_()
+    exact = gradients(OutputHead(weight=weight.detach().double(), scale=0.05).log_normaliser(wide), wide)[0]
+    head = OutputHead(weight=weight, scale=0.05)
+    assert error(head, 2000) < 2**-8
+    assert error(head, 8) < 2**-8
+
+
 def test_wide_products_of_half_precision_have_the_gradients_of_wide_factors():
     hidden, weight, bias, _ = inputs()
     half = [tensor.detach().bfloat16().requires_grad_() for tensor in (hidden, weight)]
