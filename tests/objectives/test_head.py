@@ -6,7 +6,15 @@ from slow import tensor_sizes
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import head as head_module
@@ -164,14 +172,83 @@ def test_a_head_that_is_no_matrix_is_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_known_family_passes_the_check_at_load(family):
-    check_head(tiny_model(family), family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_known_family_passes_the_check_at_load(family, dtype):
+    check_head(tiny_model(family).to(dtype), family)
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
+RECURRENT = {
+    "logits_soft_cap": (
+        RecurrentGemmaForCausalLM, RecurrentGemmaConfig,
+        {"num_hidden_layers": 1, "lru_width": 32, "attention_window_size": 16, "logits_soft_cap": 0.5},
+    ),
+    "output_logit_soft_cap": (
+        xLSTMForCausalLM, xLSTMConfig, {"num_hidden_layers": 1, "num_heads": 2, "output_logit_soft_cap": 0.5}
+    ),
+    "lm_head_multiplier": (
+        FalconH1ForCausalLM, FalconH1Config,
+        {"num_hidden_layers": 1, "num_key_value_heads": 1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+         "mamba_d_state": 8, "mamba_chunk_size": 8, "lm_head_multiplier": 0.3},
+    ),
+}  # fmt: skip
+"""Families that name what they do to their logits otherwise than those of `FAMILIES`."""
+
+
+def recurrent(setting: str) -> PreTrainedModel:
+    kind, config, more = RECURRENT[setting]
+    common = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return kind(config(**common, **ends, **more)).eval()
+
+
+@pytest.mark.parametrize("setting", RECURRENT)
+def test_other_names_for_a_scale_or_a_cap_are_known(setting):
+    model = recurrent(setting)
+    check_head(model, setting)
+    head = OutputHead.of(model)
+    assert (head.scale, head.soft_cap) == ((0.3, None) if setting == "lm_head_multiplier" else (1.0, 0.5))
+
+
+@pytest.mark.parametrize("setting", RECURRENT)
+def test_a_head_without_them_would_be_refused(monkeypatch, setting):
+    model = recurrent(setting)
+    for names in ("SCALES", "SOFT_CAPS"):
+        monkeypatch.setattr(head_module, names, ())
+    with pytest.raises(ConfigurationError, match="changes its logits"):
+        check_head(model, setting)
+
+
+def test_a_scale_that_is_no_number_is_refused_by_name_and_value():
     model = tiny_model("llama-tied")
-    model.config.logit_scale = 2.0  # which this family does not apply
+    model.config.logit_scale = "inv_sqrt_d_model"
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM has logit_scale='inv_sqrt_d_model'"):
+        OutputHead.of(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 2.0), (torch.float32, 1.001), (torch.bfloat16, 2.0)], ids=str
+)
+def test_a_model_that_does_more_to_its_logits_is_refused(dtype, scale):
+    model = tiny_model("llama-tied").to(dtype)
+    model.config.logit_scale = scale  # which this family does not apply
     with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM \('mine'\) changes its logits"):
+        check_head(model, "mine")
+
+
+def test_a_model_that_changes_few_tokens_logits_is_refused():
+    """Which one position alone would not show."""
+    model = tiny_model("llama-tied")
+    right = model.forward
+
+    def bent(**inputs: Tensor) -> object:
+        output = right(**inputs)
+        output.logits[:, 1:] += 1.0
+        return output
+
+    model.forward = bent
+    with pytest.raises(ConfigurationError, match="changes its logits"):
         check_head(model, "mine")
 
 
