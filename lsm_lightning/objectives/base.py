@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
 
@@ -59,6 +60,17 @@ def comparison_metrics(
         "student_mass_outside": student_outside,
         "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).float(),
     }
+
+
+def refuse_null(objective: str, **settings: object) -> None:
+    """The command line takes null for any setting; say which one cannot be it.
+
+    Raises:
+        ConfigurationError: One of them is None.
+    """
+    for name, value in settings.items():
+        if value is None:
+            raise ConfigurationError(f"{objective}({name}=null): give a value, or leave it out for its default.")
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
+from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics, refuse_null
 from lsm_lightning.objectives.functional import Divergence, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -20,6 +20,7 @@ class FullVocabulary(Objective):
     teacher_tokens = None
 
     def __init__(self, divergence: Divergence = "reverse_kl") -> None:
+        refuse_null("FullVocabulary", divergence=divergence)
         self.divergence: Divergence = divergence
 
     def __call__(self, head: OutputHead, positions: Positions) -> Loss:

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
+from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics, refuse_null
 from lsm_lightning.objectives.functional import Divergence, SupportKind, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -37,6 +37,9 @@ class LocalSupportMatching(Objective):
         divergence: Divergence = "reverse_kl",
         temperature: float = 1.0,
     ) -> None:
+        refuse_null(
+            "LocalSupportMatching", k=k, source=source, support=support, divergence=divergence, temperature=temperature
+        )
         if k < 1 or (k == 1 and support == "renormalise" and source in ("teacher", "student")):
             raise ConfigurationError(
                 f"LocalSupportMatching(k={k}): renormalised over one token both sides are 1 and the loss is always 0. "

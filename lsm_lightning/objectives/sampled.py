@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions
+from lsm_lightning.objectives.base import Loss, Objective, Positions, refuse_null
 from lsm_lightning.objectives.functional import clipped_policy_loss, returns_to_go
 from lsm_lightning.objectives.head import OutputHead
 
@@ -35,6 +35,7 @@ class SampledToken(Objective):
     def __init__(
         self, gamma: float = 0.0, clip: float = 0.2, dual_clip: float = 3.0, reward_clip: float | None = None
     ) -> None:
+        refuse_null("SampledToken", gamma=gamma, clip=clip, dual_clip=dual_clip)
         if not 0 <= gamma <= 1:
             raise ConfigurationError(f"SampledToken(gamma={gamma}): use a number from 0 (token) to 1 (sequence level).")
         if not 0 < clip < 1 or dual_clip <= 1:

@@ -4,6 +4,7 @@ The head is the identity, so that hidden states are logits and gradients can be 
 """
 
 import dataclasses
+import inspect
 import itertools
 import warnings
 
@@ -13,6 +14,7 @@ from slow import positions, top_support
 from torch import Tensor
 from torch.testing import assert_close
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, Loss, Objective, SampledToken
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
@@ -88,6 +90,27 @@ def gradient_of(objective: Objective, logits: Tensor, support: Support, **option
     logits = logits.clone().requires_grad_()
     value = loss_of(objective, logits, support, **options).value
     return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        *((LocalSupportMatching, name) for name in ("k", "source", "support", "divergence", "temperature")),
+        *((SampledToken, name) for name in ("gamma", "clip", "dual_clip")),
+        (FullVocabulary, "divergence"),
+    ],
+)
+def test_null_is_refused_by_name(kind, setting):
+    unchecked = inspect.unwrap(kind.__init__)  # as it runs where types are not checked
+    with pytest.raises(ConfigurationError, match=rf"{kind.__name__}\({setting}=null\): give a value"):
+        unchecked(kind.__new__(kind), **{setting: None})
+
+
+def test_null_stays_what_it_is_where_it_has_a_meaning():
+    assert SampledToken(reward_clip=None).reward_clip is None
 
 
 # ---- at equality ----------------------------------------------------------------------------------------------------
