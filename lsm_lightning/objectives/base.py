@@ -45,6 +45,8 @@ def comparison_metrics(
     student: Float[Tensor, "n k"],
     teacher: Float[Tensor, "n k"],
     student_outside: Float[Tensor, " _"],
+    *,
+    least: int = 1,
 ) -> dict[str, Float[Tensor, " _"]]:
     """What is logged where two distributions are compared over some tokens.
 
@@ -53,12 +55,16 @@ def comparison_metrics(
         student: Logits or log-probs; -inf at what is no member of the support.
         teacher: Log-probs, likewise.
         student_outside: The student's mass outside the support, at all positions or at some.
+        least: So many members make a comparison. A position with fewer has no loss but counts in its mean all the
+            same; `support_empty` is the share of those.
     """
+    empty = (teacher > -torch.inf).sum(-1) < least
     return {
         "kl": value.detach(),
         "teacher_mass_outside": 1 - teacher.exp().sum(-1),
         "student_mass_outside": student_outside,
-        "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).float(),
+        "support_empty": empty.float(),
+        "top1_agreement": (student.argmax(-1) == teacher.argmax(-1))[~empty].float(),
     }
 
 

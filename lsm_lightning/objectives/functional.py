@@ -31,7 +31,8 @@ def support_divergence(
       (float32: 1.2e-7, so a tail below it has no gradient). Takes log-probs, as do the next two.
     - `generalised`: as they are, plus $\sum_S (q_v - \pi_v)$ (sign swapped for `forward_kl`), which makes it a
       divergence of unnormalised measures.
-    - `raw`: as they are; not a divergence: its minimum lies at $\pi_S = q_S / e$ and training collapses.
+    - `raw`: as they are; not a divergence, save `jsd`: the minimum of `reverse_kl` lies at $\pi_S = q_S / e$, and
+      training collapses; that of `forward_kl` has all of $\pi$ on $S$.
 
     A token that the teacher gives probability 0 is no member of the support, on neither side; a position without
     members has no divergence. A member that the student gives probability 0 (-inf) counts as if it had the smallest
@@ -60,13 +61,14 @@ def support_divergence(
 def returns_to_go(rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamma: float) -> Float[Tensor, "b t"]:
     r"""Discounted sums of what follows, $\sum_{t' \ge t} \gamma^{t' - t} r_{t'}$; masked positions pay nothing.
 
+    They still lie between the others: a reward behind one is discounted as often as if it had paid.
     `gamma` 0 is the token-level estimator, 1 the sequence-level one (arXiv 2603.25562, Sec. 3).
 
     >>> returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]]), gamma=0.5)
     tensor([[3., 4., 4.]])
     """
     paid = rewards.masked_fill(~mask, 0.0)
-    if gamma == 0:
+    if gamma == 0 or paid.shape[1] == 0:
         return paid
     following = torch.zeros_like(paid[:, 0])
     sums = []

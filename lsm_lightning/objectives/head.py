@@ -47,7 +47,8 @@ def gather_logits(
     Products are summed in float32 or wider, whatever the weight's type; so are the gradients.
 
     Raises:
-        ValueError: Hidden states and weight differ in width, or an id has no row in the weight.
+        ValueError: Hidden states and weight differ in width, bias and weight in length, ids and hidden states in
+            number, or an id has no row in the weight.
 
     >>> gather_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1, 0]]))
     tensor([[2., 1.]])
@@ -56,6 +57,10 @@ def gather_logits(
         raise ValueError(
             f"hidden states are {hidden.shape[1]} wide and the output matrix {weight.shape[1]}: they are of two models."
         )
+    if len(ids) != len(hidden):
+        raise ValueError(f"ids are of {len(ids)} positions and hidden states of {len(hidden)}: give a row for each.")
+    if bias is not None and len(bias) != len(weight):
+        raise ValueError(f"the bias has {len(bias)} numbers and the output matrix {len(weight)} rows: one for each.")
     if ids.numel() and not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
         # On a GPU the indexing itself asserts this; looking here would wait for it.
         raise ValueError(

@@ -18,7 +18,8 @@ class SampledToken(Objective):
     r"""Sampled-token on-policy distillation: $r_t = \log q(y_t) - \log \pi_{old}(y_t)$, the paper's "K=1" baseline.
 
     A token's advantage is the discounted sum of the rewards from it on, held constant, and the loss PPO's with both
-    clips. $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of
+    clips. Masked positions are as if they were not there: they pay nothing, and what lies behind them is discounted
+    by the kept positions between only. $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of
     new and old probability leaves 1 only where sampling and training compute otherwise (another engine, bf16).
 
     Args:
@@ -38,11 +39,11 @@ class SampledToken(Objective):
         refuse_null("SampledToken", gamma=gamma, clip=clip, dual_clip=dual_clip)
         if not 0 <= gamma <= 1:
             raise ConfigurationError(f"SampledToken(gamma={gamma}): use a number from 0 (token) to 1 (sequence level).")
-        if not 0 < clip < 1 or dual_clip <= 1:
+        if not 0 < clip < 1 or not dual_clip > 1:
             raise ConfigurationError(
                 f"SampledToken(clip={clip}, dual_clip={dual_clip}): clip lies between 0 and 1, dual_clip above 1."
             )
-        if reward_clip is not None and reward_clip <= 0:
+        if reward_clip is not None and not reward_clip > 0:
             raise ConfigurationError(f"SampledToken(reward_clip={reward_clip}): use a positive number or null.")
         self.gamma = gamma
         self.clip = clip

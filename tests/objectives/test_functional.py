@@ -194,7 +194,7 @@ def test_losses_and_gradients_in_half_precision_are_finite_far_out():
 # ---- what the raw sums do to a student ------------------------------------------------------------------------------
 
 
-def toy_training(support: str) -> tuple[Tensor, Tensor, Tensor]:
+def toy_training(support: str, divergence: str = "reverse_kl") -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities of the teacher's top tokens: the student's before and after descent, and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(12, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
@@ -204,7 +204,8 @@ def toy_training(support: str) -> tuple[Tensor, Tensor, Tensor]:
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(600):
         optimizer.zero_grad()
-        support_divergence(logits.log_softmax(-1)[ids], teacher[ids], support=support).backward()
+        student = logits.log_softmax(-1)[ids]
+        support_divergence(student, teacher[ids], support=support, divergence=divergence).backward()
         optimizer.step()
     return before, logits.detach().softmax(-1)[ids], teacher[ids].exp()
 
@@ -213,6 +214,13 @@ def test_raw_sums_push_the_students_mass_down_to_the_teachers_over_e():
     before, after, teacher = toy_training("raw")
     assert_close(after, teacher / math.e, rtol=1e-2, atol=0)
     assert after.sum() < 0.6 * before.sum()
+
+
+def test_raw_sums_forward_pull_all_of_it_into_the_support():
+    """The divergence of the other direction does not collapse."""
+    _, after, teacher = toy_training("raw", "forward_kl")
+    assert_close(after / after.sum(), teacher / teacher.sum(), rtol=1e-2, atol=0)
+    assert after.sum() > 0.98
 
 
 def test_renormalised_ones_leave_it_where_it_was():
@@ -281,6 +289,17 @@ def test_returns_equal_a_double_loop(case, gamma):
     slow = [slow_returns(row, mask, gamma) for row, mask in zip(rewards, masks, strict=True)]
     fast = returns_to_go(torch.tensor(rewards, dtype=torch.float64), torch.tensor(masks), gamma)
     assert_close(fast, torch.tensor(slow, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)], ids=str)
+def test_no_rewards_have_no_returns(shape, gamma):
+    assert returns_to_go(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), gamma).shape == shape
+
+
+def test_a_masked_position_keeps_its_distance():
+    paid = returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, False, True]]), 0.5)
+    assert paid.tolist() == [[2.0, 2.0, 4.0]]
 
 
 def test_gamma_zero_is_the_reward_itself_and_gamma_one_all_that_follows():

@@ -271,6 +271,17 @@ def test_hidden_states_of_another_model_are_refused_with_both_widths():
         unchecked(hidden[:, :5], weight, ids)
 
 
+def test_ids_of_other_positions_and_a_bias_of_another_vocabulary_are_refused_with_both_numbers():
+    hidden, weight, bias, ids = inputs()
+    unchecked = inspect.unwrap(gather_logits)
+    for rows in (ids[:5], ids[:1]):  # a single row would be broadcast
+        with pytest.raises(ValueError, match=rf"{len(rows)} positions and hidden states of 9"):
+            unchecked(hidden, weight, rows)
+    for wrong in (bias[:19], torch.cat((bias, bias))):
+        with pytest.raises(ValueError, match=rf"{len(wrong)} numbers and the output matrix 20 rows"):
+            unchecked(hidden, weight, ids, wrong)
+
+
 @pytest.mark.parametrize("wrong", [-1, 20])
 def test_ids_without_a_row_are_refused_by_number(wrong):
     hidden, weight, _, ids = inputs()
