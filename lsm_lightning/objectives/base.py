@@ -39,6 +39,11 @@ class Loss:
     """Further numbers, without gradient, at all positions or at some, to be averaged and logged."""
 
 
+def student_metrics(head: OutputHead, positions: Positions) -> dict[str, Float[Tensor, " _"]]:
+    """What is logged of the student by itself, whatever it is compared with, at the watched positions."""
+    return {"student_entropy": head.entropy(positions.hidden[positions.watched])}
+
+
 @torch.no_grad()
 def comparison_metrics(
     value: Float[Tensor, " n"],

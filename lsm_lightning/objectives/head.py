@@ -223,10 +223,20 @@ class OutputHead:
         Computed tile by tile, and once more in the backward pass. Tiles are cut along the vocabulary, so that each
         touches its own part of the weight's gradient only.
         """
-        # Widened first, or the gradients of the tiles would be added up in the hidden states' type.
-        blocks = hidden.to(_wide(hidden, self.weight)).split(NORMALISER_POSITIONS)
-        tiles = self._tiles(max(1, NORMALISER_ELEMENTS // max(1, len(blocks[0]))))
-        return torch.cat([torch.stack([tile._log_sum_exp(b) for tile in tiles]).logsumexp(0) for b in blocks])
+        return torch.cat(
+            [torch.stack([t._log_sum_exp(b) for t in tiles]).logsumexp(0) for b, tiles in self._blocks(hidden)]
+        )
+
+    @torch.no_grad()
+    def entropy(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Nats, of the distribution over the whole vocabulary; tile by tile as the normaliser, without gradient."""
+        parts = []
+        for block, tiles in self._blocks(hidden):
+            normaliser = self.log_normaliser(block).unsqueeze(-1)
+            log_probs = (tile.all_logits(block, exact=True) - normaliser for tile in tiles)
+            # `entr` counts a probability of 0 as none.
+            parts.append(torch.stack([torch.special.entr(part.exp()).sum(-1) for part in log_probs]).sum(0))
+        return torch.cat(parts)
 
     def all_logits(self, hidden: Float[Tensor, "n d"], *, exact: bool = False) -> Float[Tensor, "n v"]:
         """Logits of the whole vocabulary, for callers that take a few rows at a time.
@@ -243,6 +253,13 @@ class OutputHead:
         for adapter in self.adapters:
             logits = logits + adapter.scale * product(_down(adapter, hidden).to(adapter.up.dtype), adapter.up)
         return self._finish(logits)
+
+    def _blocks(self, hidden: Float[Tensor, "n d"]) -> Iterator[tuple[Float[Tensor, "m d"], list["OutputHead"]]]:
+        """Positions that are handled together, each time with heads whose logits there may exist at once."""
+        # Widened first, or the gradients of the tiles would be added up in the hidden states' type.
+        blocks = hidden.to(_wide(hidden, self.weight)).split(NORMALISER_POSITIONS)
+        tiles = self._tiles(max(1, NORMALISER_ELEMENTS // max(1, len(blocks[0]))))
+        return ((block, tiles) for block in blocks)
 
     def _tiles(self, size: int) -> list["OutputHead"]:
         """Heads of so many tokens each."""

@@ -9,7 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics, refuse_null
+from lsm_lightning.objectives.base import (
+    Loss,
+    Objective,
+    Positions,
+    comparison_metrics,
+    refuse_null,
+    student_metrics,
+)
 from lsm_lightning.objectives.functional import Divergence, SupportKind, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -81,7 +88,8 @@ class LocalSupportMatching(Objective):
         members = student.detach().masked_fill(teacher == -torch.inf, -torch.inf)
         outside = self._student_outside(head, positions, members)
         least = 2 if self.support == "renormalise" else 1
-        return Loss(value=value, metrics=comparison_metrics(value, members, teacher, outside, least=least))
+        compared = comparison_metrics(value, members, teacher, outside, least=least)
+        return Loss(value=value, metrics=compared | student_metrics(head, positions))
 
     @torch.no_grad()
     def _student_outside(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions, refuse_null
+from lsm_lightning.objectives.base import Loss, Objective, Positions, refuse_null, student_metrics
 from lsm_lightning.objectives.functional import clipped_policy_loss, returns_to_go
 from lsm_lightning.objectives.head import OutputHead
 
@@ -66,7 +66,7 @@ class SampledToken(Objective):
             "reward_positive": (rewards > 0).float(),
             "ratio_clipped": ((ratio - 1).abs() > self.clip).float(),
         }
-        return Loss(value=value, metrics=metrics)
+        return Loss(value=value, metrics=metrics | student_metrics(head, positions))
 
     def _advantages(self, rewards: Float[Tensor, " n"], positions: Positions) -> Float[Tensor, " n"]:
         if self.gamma == 0 or len(rewards) == 0:

@@ -114,6 +114,28 @@ def test_log_normaliser_and_its_gradient_are_those_of_logsumexp(monkeypatch, hea
         assert_close(head.log_normaliser(hidden), full.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("head", heads(), ids=["plain", "bias", "scale", "everything"])
+@pytest.mark.parametrize(("elements", "positions"), [(1, 4), (45, 100), (45, 4), (64, 1), (10**6, 4)])
+def test_the_entropy_is_that_of_the_whole_distribution(monkeypatch, head, elements, positions):
+    monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
+    monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
+    assert head.entropy(inputs(n=0)[0]).shape == (0,)
+    for n in (1, 9):
+        hidden = inputs(n=n)[0]
+        entropy = head.entropy(hidden)
+        assert not entropy.requires_grad
+        assert_close(entropy, torch.distributions.Categorical(logits=head.all_logits(hidden)).entropy().detach())
+
+
+def test_the_entropy_of_a_choice_and_of_none():
+    weight, bias = torch.zeros(20, 6, dtype=torch.float64), torch.full((20,), -torch.inf, dtype=torch.float64)
+    bias[[3, 7]] = 5.0  # and nothing but these two can be written
+    hidden = drawn(2, 6)
+    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden).exp(), torch.full((2,), 2.0).double())
+    bias[3] = -torch.inf
+    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden), torch.zeros(2).double())
+
+
 def test_no_position_has_no_normaliser():
     hidden, weight, _, _ = inputs(n=0)
     normaliser = OutputHead(weight=weight).log_normaliser(hidden)
@@ -316,6 +338,21 @@ def test_no_more_than_a_chunk_exists_at_once(monkeypatch, normalised):
     monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", n * v)
     if normalised:
         assert largest(head, hidden, ids, normalised=True) == 40 * v  # the watch can see it
+
+
+def test_the_entropy_makes_no_more_logits_at_once_than_the_normaliser(monkeypatch):
+    n, d, v = 400, 4, 500
+    hidden, head = drawn(n, d, seed=1), OutputHead(weight=drawn(v, d, seed=2))
+
+    def largest_with(positions: int, elements: int) -> int:
+        monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
+        monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
+        with tensor_sizes() as sizes:
+            head.entropy(hidden)
+        return sizes.largest
+
+    assert largest_with(40, 2 * v) <= v * d  # the weight
+    assert largest_with(40, n * v) == 40 * v  # the watch can see it
 
 
 # ---- half precision -------------------------------------------------------------------------------------------------
