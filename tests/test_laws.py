@@ -314,7 +314,7 @@ def test_turns_that_move_without_their_supports_are_another_step(student, teache
 def share(
     student: PreTrainedModel, objective: Objective, taught: Lesson, reduction: str, processes: int, rank: int
 ) -> Tensor:
-    """The gradient of one process's share of a step, averaged over all, as DDP and FSDP do it."""
+    """The gradient of one process's share of a step, averaged over all, as DDP and FSDP do it; last, the step's loss."""
 
     def total(values: Tensor) -> Tensor:
         if processes > 1:
@@ -333,15 +333,16 @@ def share(
     if processes > 1:
         distributed.all_reduce(most, distributed.ReduceOp.MAX)
     student.zero_grad()
-    accumulate_gradients(
+    totals = accumulate_gradients(
         student, objective, own.turns, own.support, weights, scale=processes,
         groups=groups + [[]] * (int(most) - len(groups)), backward=lambda loss: loss.backward(),
     )  # fmt: skip
-    return total(torch.cat([p.grad.flatten() for p in student.parameters()])) / processes
+    gradient = torch.cat([p.grad.flatten() for p in student.parameters()]) / processes
+    return total(torch.cat((gradient, torch.tensor([totals.loss], dtype=gradient.dtype))))
 
 
 def one_process(rank: int, folder: Path, student_folder: Path) -> None:
-    """One of two: works on its share of all lessons, and writes down the gradients."""
+    """One of two: works on its share of all lessons, and writes down the gradients and losses."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     student = load_model(str(student_folder), "float32").double()
@@ -369,17 +370,20 @@ def by_two_processes(student_folder, teacher, turns, tmp_path_factory) -> dict[t
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @each_objective
-def test_two_processes_have_the_gradient_of_one(by_two_processes, student, teacher, turns, objective, reduction):
+def test_two_processes_have_the_gradient_and_the_loss_of_one(by_two_processes, student, teacher, turns, objective, reduction):
     """With other numbers of turns, positions and micro-batches."""
     (name,) = (name for name, other in OBJECTIVES.items() if other is objective)
     alone = share(student, objective, lesson(student, teacher, turns, objective), reduction, 1, 0)
-    assert (by_two_processes[name, reduction] - alone).norm() < EXACT * alone.norm()
+    together = by_two_processes[name, reduction]
+    assert (together - alone)[:-1].norm() < EXACT * alone[:-1].norm()
+    assert together[-1].item() == pytest.approx(alone[-1].item(), rel=EXACT)
 
 
 def test_the_reductions_of_the_processes_above_differ(by_two_processes):
     token, sequence, task = (by_two_processes["teacher", reduction] for reduction in REDUCTIONS)
     for one, other in ((token, sequence), (token, task), (sequence, task)):
-        assert (one - other).norm() > 0.01 * one.norm()
+        assert (one - other)[:-1].norm() > 0.01 * one[:-1].norm()
+        assert one[-1].item() != pytest.approx(other[-1].item(), rel=1e-4)
 
 
 # ---- what is no target ----------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
 
@@ -38,12 +39,19 @@ class Loss:
     """Further numbers, without gradient, at all positions or at some, to be averaged and logged."""
 
 
+def student_metrics(head: OutputHead, positions: Positions) -> dict[str, Float[Tensor, " _"]]:
+    """What is logged of the student by itself, whatever it is compared with, at the watched positions."""
+    return {"student_entropy": head.entropy(positions.hidden[positions.watched])}
+
+
 @torch.no_grad()
 def comparison_metrics(
     value: Float[Tensor, " n"],
     student: Float[Tensor, "n k"],
     teacher: Float[Tensor, "n k"],
     student_outside: Float[Tensor, " _"],
+    *,
+    least: int = 1,
 ) -> dict[str, Float[Tensor, " _"]]:
     """What is logged where two distributions are compared over some tokens.
 
@@ -52,13 +60,28 @@ def comparison_metrics(
         student: Logits or log-probs; -inf at what is no member of the support.
         teacher: Log-probs, likewise.
         student_outside: The student's mass outside the support, at all positions or at some.
+        least: So many members make a comparison. A position with fewer has no loss but counts in its mean all the
+            same; `support_empty` is the share of those.
     """
+    empty = (teacher > -torch.inf).sum(-1) < least
     return {
         "kl": value.detach(),
         "teacher_mass_outside": 1 - teacher.exp().sum(-1),
         "student_mass_outside": student_outside,
-        "top1_agreement": (student.argmax(-1) == teacher.argmax(-1)).float(),
+        "support_empty": empty.float(),
+        "top1_agreement": (student.argmax(-1) == teacher.argmax(-1))[~empty].float(),
     }
+
+
+def refuse_null(objective: str, **settings: object) -> None:
+    """The command line takes null for any setting; say which one cannot be it.
+
+    Raises:
+        ConfigurationError: One of them is None.
+    """
+    for name, value in settings.items():
+        if value is None:
+            raise ConfigurationError(f"{objective}({name}=null): give a value, or leave it out for its default.")
 
 
 class Objective(ABC):

@@ -2,7 +2,7 @@
 
 import torch
 
-from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
+from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics, refuse_null, student_metrics
 from lsm_lightning.objectives.functional import Divergence, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -20,6 +20,7 @@ class FullVocabulary(Objective):
     teacher_tokens = None
 
     def __init__(self, divergence: Divergence = "reverse_kl") -> None:
+        refuse_null("FullVocabulary", divergence=divergence)
         self.divergence: Divergence = divergence
 
     def __call__(self, head: OutputHead, positions: Positions) -> Loss:
@@ -28,4 +29,5 @@ class FullVocabulary(Objective):
         student = head.all_logits(positions.hidden, exact=True).log_softmax(-1).gather(-1, positions.support.ids)
         value = support_divergence(student, teacher, support="generalised", divergence=self.divergence)
         members = student.detach().masked_fill(teacher == -torch.inf, -torch.inf)
-        return Loss(value=value, metrics=comparison_metrics(value, members, teacher, 1 - members.exp().sum(-1)))
+        compared = comparison_metrics(value, members, teacher, 1 - members.exp().sum(-1))
+        return Loss(value=value, metrics=compared | student_metrics(head, positions))

@@ -27,13 +27,16 @@ def support_divergence(
     both against their mixture. What $\pi$ and $q$ are depends on `support`:
 
     - `renormalise`: both are divided by their sum over $S$ (arXiv 2603.25562, Eq. 8). Takes any logits.
-    - `tail_bucket`: one more entry holds $1 - \sum_S$ of each side. Takes log-probs, as do the next two.
+    - `tail_bucket`: one more entry holds $1 - \sum_S$ of each side, or the type's epsilon where that is less
+      (float32: 1.2e-7, so a tail below it has no gradient). Takes log-probs, as do the next two.
     - `generalised`: as they are, plus $\sum_S (q_v - \pi_v)$ (sign swapped for `forward_kl`), which makes it a
       divergence of unnormalised measures.
-    - `raw`: as they are; not a divergence: its minimum lies at $\pi_S = q_S / e$ and training collapses.
+    - `raw`: as they are; not a divergence, save `jsd`: the minimum of `reverse_kl` lies at $\pi_S = q_S / e$, and
+      training collapses; that of `forward_kl` has all of $\pi$ on $S$.
 
     A token that the teacher gives probability 0 is no member of the support, on neither side; a position without
-    members has no divergence. Computed in float32 or wider, finite for every input that has neither NaN nor +inf.
+    members has no divergence. A member that the student gives probability 0 (-inf) counts as if it had the smallest
+    normal number (float32: -87.3 nats), without gradient; finite log-probs count as they are, however small. Computed in float32 or wider, finite for every input that has neither NaN nor +inf.
 
     >>> support_divergence(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0]))
     tensor(0.)
@@ -58,13 +61,14 @@ def support_divergence(
 def returns_to_go(rewards: Float[Tensor, "b t"], mask: Bool[Tensor, "b t"], gamma: float) -> Float[Tensor, "b t"]:
     r"""Discounted sums of what follows, $\sum_{t' \ge t} \gamma^{t' - t} r_{t'}$; masked positions pay nothing.
 
+    They still lie between the others: a reward behind one is discounted as often as if it had paid.
     `gamma` 0 is the token-level estimator, 1 the sequence-level one (arXiv 2603.25562, Sec. 3).
 
     >>> returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, True, True]]), gamma=0.5)
     tensor([[3., 4., 4.]])
     """
     paid = rewards.masked_fill(~mask, 0.0)
-    if gamma == 0:
+    if gamma == 0 or paid.shape[1] == 0:
         return paid
     following = torch.zeros_like(paid[:, 0])
     sums = []
@@ -98,8 +102,8 @@ def clipped_policy_loss(
 
 def _kl(log_p: Float[Tensor, "*b k"], log_q: Float[Tensor, "*b k"]) -> Float[Tensor, "*b"]:
     """An entry with p = 0 counts 0; q = 0 counts as the smallest normal number, so that the sum stays finite."""
-    floor = math.log(torch.finfo(log_q.dtype).tiny)
-    ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q.clamp(min=floor))
+    smallest = math.log(torch.finfo(log_q.dtype).tiny)
+    ratio = torch.where(log_p == -torch.inf, 0.0, log_p - log_q.masked_fill(log_q == -torch.inf, smallest))
     return (log_p.exp() * ratio).sum(-1)
 
 

@@ -4,7 +4,7 @@ Local support matching needs K logits a position, so only K rows of the output m
 normaliser (a tail, the sampled token's log-prob) gets it in chunks that are recomputed in the backward pass.
 """
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,14 @@ NORMALISER_ELEMENTS = 2**23
 """At most so many logits exist at once while the normaliser is computed (32 MiB in float32)."""
 NORMALISER_POSITIONS = 4096
 """So many positions share a tile of these logits, and with it a pass over the gradient of the weight."""
+SCALES = ("logit_scale", "lm_head_multiplier")
+"""What configurations call a factor of all logits."""
+DIVISORS = ("logits_scaling",)
+"""A number that divides them."""
+SOFT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+"""A number that they stay below."""
+CHECKED_TOKENS = 8
+"""So many tokens tell whether a head is the model's own."""
 
 
 def gather_logits(
@@ -39,7 +47,8 @@ def gather_logits(
     Products are summed in float32 or wider, whatever the weight's type; so are the gradients.
 
     Raises:
-        ValueError: Hidden states and weight differ in width, or an id has no row in the weight.
+        ValueError: Hidden states and weight differ in width, bias and weight in length, ids and hidden states in
+            number, or an id has no row in the weight.
 
     >>> gather_logits(torch.tensor([[1.0, 2.0]]), torch.eye(2), torch.tensor([[1, 0]]))
     tensor([[2., 1.]])
@@ -48,6 +57,10 @@ def gather_logits(
         raise ValueError(
             f"hidden states are {hidden.shape[1]} wide and the output matrix {weight.shape[1]}: they are of two models."
         )
+    if len(ids) != len(hidden):
+        raise ValueError(f"ids are of {len(ids)} positions and hidden states of {len(hidden)}: give a row for each.")
+    if bias is not None and len(bias) != len(weight):
+        raise ValueError(f"the bias has {len(bias)} numbers and the output matrix {len(weight)} rows: one for each.")
     if ids.numel() and not ids.is_cuda and not 0 <= int(ids.min()) <= int(ids.max()) < len(weight):
         # On a GPU the indexing itself asserts this; looking here would wait for it.
         raise ValueError(
@@ -55,7 +68,8 @@ def gather_logits(
             f"{len(weight) - 1}: give ids of the student's vocabulary."
         )
     logits: Float[Tensor, "n k"] = _GatherLogits.apply(hidden, weight, ids)
-    return logits if bias is None else logits + bias[ids]
+    # Widened first, or an id that recurs would add up its gradients in the bias's type.
+    return logits if bias is None else logits + bias.to(logits.dtype)[ids]
 
 
 class _GatherLogits(torch.autograd.Function):
@@ -177,7 +191,8 @@ class OutputHead:
         """The head of a causal language model; a LoRA adapter of peft on it is seen through.
 
         Raises:
-            ConfigurationError: Its output layer is not linear, so single logits cannot be computed.
+            ConfigurationError: Its output layer is not linear, or its configuration scales logits by something that is
+                no number, so single logits cannot be computed.
         """
         layer = model.get_output_embeddings()
         adapters: tuple[Adapter, ...] = ()
@@ -190,17 +205,10 @@ class OutputHead:
             )
         weight, bias = (_whole(parameter) for parameter in (layer.weight, layer.bias))
         assert weight is not None
-        config = model.config
-        scale = getattr(config, "logit_scale", None) or 1.0
-        if scaling := getattr(config, "logits_scaling", None):
-            scale = 1.0 / scaling
-        return cls(
-            weight=weight,
-            bias=bias,
-            adapters=adapters,
-            scale=float(scale),
-            soft_cap=getattr(config, "final_logit_softcapping", None),
-        )
+        scale = _number(model, SCALES) or 1.0
+        if divisor := _number(model, DIVISORS):
+            scale = 1.0 / divisor
+        return cls(weight=weight, bias=bias, adapters=adapters, scale=scale, soft_cap=_number(model, SOFT_CAPS))
 
     def logits(self, hidden: Float[Tensor, "n d"], ids: Int[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         """Logits at K ids a position, in float32 or wider."""
@@ -215,9 +223,20 @@ class OutputHead:
         Computed tile by tile, and once more in the backward pass. Tiles are cut along the vocabulary, so that each
         touches its own part of the weight's gradient only.
         """
-        blocks = hidden.split(NORMALISER_POSITIONS)
-        tiles = self._tiles(max(1, NORMALISER_ELEMENTS // max(1, len(blocks[0]))))
-        return torch.cat([torch.stack([tile._log_sum_exp(b) for tile in tiles]).logsumexp(0) for b in blocks])
+        return torch.cat(
+            [torch.stack([t._log_sum_exp(b) for t in tiles]).logsumexp(0) for b, tiles in self._blocks(hidden)]
+        )
+
+    @torch.no_grad()
+    def entropy(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
+        """Nats, of the distribution over the whole vocabulary; tile by tile as the normaliser, without gradient."""
+        parts = []
+        for block, tiles in self._blocks(hidden):
+            normaliser = self.log_normaliser(block).unsqueeze(-1)
+            log_probs = (tile.all_logits(block, exact=True) - normaliser for tile in tiles)
+            # `entr` counts a probability of 0 as none.
+            parts.append(torch.stack([torch.special.entr(part.exp()).sum(-1) for part in log_probs]).sum(0))
+        return torch.cat(parts)
 
     def all_logits(self, hidden: Float[Tensor, "n d"], *, exact: bool = False) -> Float[Tensor, "n v"]:
         """Logits of the whole vocabulary, for callers that take a few rows at a time.
@@ -234,6 +253,13 @@ class OutputHead:
         for adapter in self.adapters:
             logits = logits + adapter.scale * product(_down(adapter, hidden).to(adapter.up.dtype), adapter.up)
         return self._finish(logits)
+
+    def _blocks(self, hidden: Float[Tensor, "n d"]) -> Iterator[tuple[Float[Tensor, "m d"], list["OutputHead"]]]:
+        """Positions that are handled together, each time with heads whose logits there may exist at once."""
+        # Widened first, or the gradients of the tiles would be added up in the hidden states' type.
+        blocks = hidden.to(_wide(hidden, self.weight)).split(NORMALISER_POSITIONS)
+        tiles = self._tiles(max(1, NORMALISER_ELEMENTS // max(1, len(blocks[0]))))
+        return ((block, tiles) for block in blocks)
 
     def _tiles(self, size: int) -> list["OutputHead"]:
         """Heads of so many tokens each."""
@@ -262,13 +288,14 @@ class OutputHead:
 
 @torch.no_grad()
 def check_head(model: PreTrainedModel, name: str) -> None:
-    """Compare the model's own logits with those of its `OutputHead`, at one position.
+    """Compare the model's own logits with those of its `OutputHead`, after a few tokens.
 
     Raises:
-        ConfigurationError: They are not finite, or they differ: the model does something to its logits that
-            `OutputHead` does not know.
+        ConfigurationError: They are not finite, or they differ by more than rounding: the model does something to its
+            logits that `OutputHead` does not know.
     """
-    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
+    head = OutputHead.of(model)
+    ids = torch.arange(min(CHECKED_TOKENS, len(head.weight)), device=model.device).unsqueeze(0)
     own = model(input_ids=ids, use_cache=False).logits[0].float()
     if not own.isfinite().all():
         raise ConfigurationError(
@@ -276,12 +303,27 @@ def check_head(model: PreTrainedModel, name: str) -> None:
             "narrow for them (set its dtype to float32)."
         )
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
-    ours = OutputHead.of(model).all_logits(hidden).float()
-    if not torch.allclose(own, ours, rtol=0.02, atol=0.02 * float(own.abs().max())):
+    ours = head.all_logits(hidden).float()
+    tolerance = 1e-5 if torch.finfo(head.weight.dtype).bits > 16 else 0.02
+    if not torch.allclose(own, ours, rtol=tolerance, atol=tolerance * float(own.abs().max())):
         raise ConfigurationError(
             f"{type(model).__name__} ('{name}') changes its logits in a way this library does not know (by up "
             f"to {float((own - ours).abs().max()):.3g}), so single logits cannot be computed. Use another model."
         )
+
+
+def _number(model: PreTrainedModel, names: Sequence[str]) -> float | None:
+    """The first of these settings that the model's configuration has."""
+    for name in names:
+        value = getattr(model.config, name, None)
+        if value is not None and not isinstance(value, int | float):
+            raise ConfigurationError(
+                f"{type(model).__name__} has {name}={value!r} in its configuration, which is no number: single logits "
+                "cannot be computed. Put the number into its config.json, or use another model."
+            )
+        if value:
+            return float(value)
+    return None
 
 
 def _down(adapter: Adapter, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n r"]:

@@ -1,5 +1,6 @@
 """Local support matching: compare student and teacher over a few tokens a position (arXiv 2603.25562, Eq. 8)."""
 
+import math
 import warnings
 from typing import Literal
 
@@ -8,7 +9,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions, comparison_metrics
+from lsm_lightning.objectives.base import (
+    Loss,
+    Objective,
+    Positions,
+    comparison_metrics,
+    refuse_null,
+    student_metrics,
+)
 from lsm_lightning.objectives.functional import Divergence, SupportKind, support_divergence
 from lsm_lightning.objectives.head import OutputHead
 
@@ -24,7 +32,7 @@ class LocalSupportMatching(Objective):
             the token that the student sampled (`sampled_added`). `student` and `union` cost one more forward pass.
         support: What happens to the probability outside the support. `renormalise` is the paper's choice and needs no
             student normaliser; `tail_bucket` also sees student mass that leaves the support, as does `generalised`;
-            `raw` collapses and is there to show it.
+            `raw` collapses with `reverse_kl` and is there to show it.
         divergence: `reverse_kl` is the paper's.
         temperature: Divides the logits of both sides; only with `renormalise`, where the normaliser cancels.
     """
@@ -37,22 +45,28 @@ class LocalSupportMatching(Objective):
         divergence: Divergence = "reverse_kl",
         temperature: float = 1.0,
     ) -> None:
-        if k < 1 or (k == 1 and support == "renormalise" and source in ("teacher", "student")):
+        refuse_null(
+            "LocalSupportMatching", k=k, source=source, support=support, divergence=divergence, temperature=temperature
+        )
+        if k < 1:
+            raise ConfigurationError(f"LocalSupportMatching(k={k}): use a positive number of tokens (paper: 32).")
+        if k == 1 and support == "renormalise" and source in ("teacher", "student"):
             raise ConfigurationError(
                 f"LocalSupportMatching(k={k}): renormalised over one token both sides are 1 and the loss is always 0. "
                 "Use k >= 2 (paper: 32), or `SampledToken` for the baseline that compares one token."
             )
-        if temperature <= 0:
-            raise ConfigurationError(f"LocalSupportMatching(temperature={temperature}): use a positive number.")
+        if not 0 < temperature < math.inf:
+            raise ConfigurationError(f"LocalSupportMatching(temperature={temperature}): use a positive, finite number.")
         if temperature != 1 and support != "renormalise":
             raise ConfigurationError(
                 f"LocalSupportMatching(support={support!r}, temperature={temperature}): a temperature needs the "
                 "normaliser over the whole vocabulary at that temperature; only `renormalise` does without."
             )
-        if support == "raw":
+        if support == "raw" and divergence == "reverse_kl":
             warnings.warn(
-                "support='raw' collapses within about 100 steps (arXiv 2603.25562, 'no renormalisation'): use it to "
-                "see that, not to train.",
+                "support='raw' with reverse_kl is least where the student has 1/e of the teacher's probabilities, and "
+                "collapses within about 100 steps (arXiv 2603.25562, 'no renormalisation'): use it to see that, not to "
+                "train.",
                 stacklevel=2,
             )
         self.teacher_tokens = 0 if source == "student" else k
@@ -73,7 +87,9 @@ class LocalSupportMatching(Objective):
         )
         members = student.detach().masked_fill(teacher == -torch.inf, -torch.inf)
         outside = self._student_outside(head, positions, members)
-        return Loss(value=value, metrics=comparison_metrics(value, members, teacher, outside))
+        least = 2 if self.support == "renormalise" else 1
+        compared = comparison_metrics(value, members, teacher, outside, least=least)
+        return Loss(value=value, metrics=compared | student_metrics(head, positions))
 
     @torch.no_grad()
     def _student_outside(

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions
+from lsm_lightning.objectives.base import Loss, Objective, Positions, refuse_null, student_metrics
 from lsm_lightning.objectives.functional import clipped_policy_loss, returns_to_go
 from lsm_lightning.objectives.head import OutputHead
 
@@ -18,7 +18,8 @@ class SampledToken(Objective):
     r"""Sampled-token on-policy distillation: $r_t = \log q(y_t) - \log \pi_{old}(y_t)$, the paper's "K=1" baseline.
 
     A token's advantage is the discounted sum of the rewards from it on, held constant, and the loss PPO's with both
-    clips. $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of
+    clips. Masked positions are as if they were not there: they pay nothing, and what lies behind them is discounted
+    by the kept positions between only. $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of
     new and old probability leaves 1 only where sampling and training compute otherwise (another engine, bf16).
 
     Args:
@@ -35,13 +36,14 @@ class SampledToken(Objective):
     def __init__(
         self, gamma: float = 0.0, clip: float = 0.2, dual_clip: float = 3.0, reward_clip: float | None = None
     ) -> None:
+        refuse_null("SampledToken", gamma=gamma, clip=clip, dual_clip=dual_clip)
         if not 0 <= gamma <= 1:
             raise ConfigurationError(f"SampledToken(gamma={gamma}): use a number from 0 (token) to 1 (sequence level).")
-        if not 0 < clip < 1 or dual_clip <= 1:
+        if not 0 < clip < 1 or not dual_clip > 1:
             raise ConfigurationError(
                 f"SampledToken(clip={clip}, dual_clip={dual_clip}): clip lies between 0 and 1, dual_clip above 1."
             )
-        if reward_clip is not None and reward_clip <= 0:
+        if reward_clip is not None and not reward_clip > 0:
             raise ConfigurationError(f"SampledToken(reward_clip={reward_clip}): use a positive number or null.")
         self.gamma = gamma
         self.clip = clip
@@ -64,7 +66,7 @@ class SampledToken(Objective):
             "reward_positive": (rewards > 0).float(),
             "ratio_clipped": ((ratio - 1).abs() > self.clip).float(),
         }
-        return Loss(value=value, metrics=metrics)
+        return Loss(value=value, metrics=metrics | student_metrics(head, positions))
 
     def _advantages(self, rewards: Float[Tensor, " n"], positions: Positions) -> Float[Tensor, " n"]:
         if self.gamma == 0 or len(rewards) == 0:

@@ -4,6 +4,7 @@ The head is the identity, so that hidden states are logits and gradients can be 
 """
 
 import dataclasses
+import inspect
 import itertools
 import warnings
 
@@ -13,7 +14,9 @@ from slow import positions, top_support
 from torch import Tensor
 from torch.testing import assert_close
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, Loss, Objective, SampledToken
+from lsm_lightning.objectives.functional import support_divergence
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
 
@@ -88,6 +91,27 @@ def gradient_of(objective: Objective, logits: Tensor, support: Support, **option
     logits = logits.clone().requires_grad_()
     value = loss_of(objective, logits, support, **options).value
     return value.detach(), torch.autograd.grad(value.sum(), logits)[0]
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "setting"),
+    [
+        *((LocalSupportMatching, name) for name in ("k", "source", "support", "divergence", "temperature")),
+        *((SampledToken, name) for name in ("gamma", "clip", "dual_clip")),
+        (FullVocabulary, "divergence"),
+    ],
+)
+def test_null_is_refused_by_name(kind, setting):
+    unchecked = inspect.unwrap(kind.__init__)  # as it runs where types are not checked
+    with pytest.raises(ConfigurationError, match=rf"{kind.__name__}\({setting}=null\): give a value"):
+        unchecked(kind.__new__(kind), **{setting: None})
+
+
+def test_null_stays_what_it_is_where_it_has_a_meaning():
+    assert SampledToken(reward_clip=None).reward_clip is None
 
 
 # ---- at equality ----------------------------------------------------------------------------------------------------
@@ -221,6 +245,19 @@ def test_adding_it_to_half_of_them_changes_something(objective):
     assert (moved - still).abs().max() > 0.01
 
 
+# ---- what is told ---------------------------------------------------------------------------------------------------
+
+
+@each(ALL)
+def test_the_students_entropy_is_told_where_it_is_watched(objective):
+    logits, watched = drawn(1), torch.arange(N) % 2 == 0
+    told = objective(
+        OutputHead(weight=torch.eye(V, dtype=logits.dtype)),
+        positions(logits, teach(objective, logits, drawn(2)), sampled=sampled_of(logits), watched=watched),
+    ).metrics["student_entropy"]
+    assert_close(told, torch.distributions.Categorical(logits=logits).entropy()[watched])
+
+
 # ---- odd inputs -----------------------------------------------------------------------------------------------------
 
 ODD = ["ties", "impossible to the student", "impossible to the teacher", "no members", "certain", "far apart", "none"]
@@ -273,10 +310,26 @@ def test_the_odd_inputs_are_odd():
 
 @each(MATCHING)
 def test_an_id_that_is_there_twice_is_two_members(objective):
-    """Sources never ask for that (`Support`), and nothing breaks if someone does."""
-    support = teach(objective, drawn(1), drawn(2))
-    twice = dataclasses.replace(support, ids=support.ids.repeat(1, 2), log_probs=support.log_probs.repeat(1, 2))
+    """Sources never ask for that (`Support`); if someone does, it counts as two tokens of that probability would.
+
+    To a renormalised loss that is nothing new, the others grow by it.
+    """
+    once = teach(objective, drawn(1), drawn(2))
+    twice = dataclasses.replace(once, ids=once.ids.repeat(1, 2), log_probs=once.log_probs.repeat(1, 2))
     value, gradient = gradient_of(objective, drawn(1), twice)
-    assert value.isfinite().all()
-    assert gradient.isfinite().all()
-    assert gradient.abs().max() > 0
+    logits = drawn(1).requires_grad_()
+    two = support_divergence(
+        logits.log_softmax(-1).gather(1, twice.ids),
+        twice.log_probs,
+        support=objective.support,
+        divergence=objective.divergence,
+    )
+    assert_close(value, two.detach(), rtol=1e-9, atol=1e-12)
+    assert_close(gradient, torch.autograd.grad(two.sum(), logits)[0], rtol=1e-9, atol=1e-12)
+    of_one, _ = gradient_of(objective, drawn(1), once)
+    if objective.support == "renormalise":
+        assert_close(value, of_one, rtol=1e-9, atol=1e-12)
+    else:
+        assert (value - of_one).abs().max() > 0.01
+    if objective.support in ("generalised", "raw"):
+        assert_close(value, 2 * of_one, rtol=1e-9, atol=1e-12)

@@ -111,13 +111,62 @@ def test_half_precision_is_widened_not_computed_in(support, divergence):
     assert_close(value.double(), exact, rtol=1e-5, atol=1e-6)
 
 
+def far_apart(dtype: torch.dtype, support: str, divergence: str) -> tuple[Tensor, Tensor]:
+    """Loss and gradient where student or teacher is 120 nats below the other; bf16 holds every number."""
+    student = torch.tensor([[0.0, 0.0], [0.0, -120.0], [0.0, -120.0]]).to(dtype).requires_grad_()
+    teacher = torch.tensor([[0.0, -120.0], [0.0, 0.0], [-120.0, 0.0]]).to(dtype)
+    value = support_divergence(student, teacher, support=support, divergence=divergence)
+    return value.detach(), torch.autograd.grad(value.sum(), student)[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("support", "divergence"), [case for case in ALL if case[0] != "tail_bucket"])
+def test_a_finite_log_prob_counts_as_it_is_however_small(support, divergence, dtype):
+    """Other than with a tail, which here would hold nothing."""
+    for ours, exact in zip(
+        far_apart(dtype, support, divergence), far_apart(torch.float64, support, divergence), strict=True
+    ):
+        assert_close(ours.double(), exact, rtol=2**-8 if ours.dtype == torch.bfloat16 else 1e-6, atol=1e-30)
+
+
+def test_120_nats_are_120_nats():
+    value, gradient = far_apart(torch.float32, "renormalise", "reverse_kl")
+    assert value[0] == pytest.approx(60 - math.log(2))
+    assert far_apart(torch.float32, "renormalise", "forward_kl")[1][1].tolist() == pytest.approx([0.5, -0.5])
+
+
+def test_a_member_that_the_student_cannot_write_counts_as_the_smallest_normal_number():
+    student, teacher = torch.tensor([0.0, -torch.inf]), torch.tensor([0.5, 0.5]).log()
+    smallest = math.log(torch.finfo(torch.float32).tiny)
+    value = support_divergence(student, teacher, divergence="forward_kl")
+    assert value.item() == pytest.approx(-math.log(2) - smallest / 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_tail_below_epsilon_counts_as_epsilon(dtype):
+    eps = torch.finfo(dtype).eps
+    student = torch.tensor([1 - eps / 4], dtype=torch.float64).log().to(dtype).requires_grad_()
+    teacher = torch.tensor([0.5], dtype=dtype).log()
+    value = support_divergence(student, teacher, support="tail_bucket", divergence="forward_kl")
+    assert value.item() == pytest.approx(-math.log(2) - math.log(eps) / 2)
+    (gradient,) = torch.autograd.grad(value, student)
+    assert gradient.tolist() == pytest.approx([-0.5])  # the member's own share: the tail gives none
+
+
 @pytest.mark.parametrize("support", SUPPORTS)
 def test_rounding_the_inputs_to_bf16_moves_the_loss_by_that_rounding_only(support):
-    student, teacher = random_log_probs(50, 4, seed=1), random_log_probs(50, 4, seed=2)
-    value = support_divergence(student.bfloat16(), teacher.bfloat16(), support=support)
-    # bf16 keeps 8 bits of a log-prob; the loss is a mean of their differences.
-    atol = 2**-8 * 2 * max(student.abs().max(), teacher.abs().max()).item()
-    assert_close(value.double(), support_divergence(student, teacher, support=support), rtol=0.02, atol=atol)
+    """A log-prob moves by up to 2^-8 of itself, and the loss by its slope times that, to first order."""
+    sides = [random_log_probs(50, 4, seed=seed).requires_grad_() for seed in (1, 2)]
+    exact = support_divergence(*sides, support=support)
+    slopes = torch.autograd.grad(exact.sum(), sides)
+    allowed = 1.1 * sum((slope * side).abs().sum(-1) * 2**-8 for slope, side in zip(slopes, sides, strict=True))
+
+    def moved(dtype: torch.dtype) -> Tensor:
+        rounded = [side.detach().to(dtype).bfloat16() for side in sides]
+        return (support_divergence(*rounded, support=support) - exact).abs().detach()
+
+    assert (moved(torch.bfloat16) <= allowed + 1e-6).all()
+    assert (moved(torch.float8_e4m3fn) > allowed).any()  # which keeps 4 bits in place of 8
 
 
 @pytest.mark.parametrize(("support", "divergence"), ALL)
@@ -152,7 +201,7 @@ def test_losses_and_gradients_in_half_precision_are_finite_far_out():
 # ---- what the raw sums do to a student ------------------------------------------------------------------------------
 
 
-def toy_training(support: str) -> tuple[Tensor, Tensor, Tensor]:
+def toy_training(support: str, divergence: str = "reverse_kl") -> tuple[Tensor, Tensor, Tensor]:
     """Probabilities of the teacher's top tokens: the student's before and after descent, and the teacher's."""
     generator = torch.Generator().manual_seed(0)
     teacher = torch.randn(12, generator=generator, dtype=torch.float64).mul(2).log_softmax(-1)
@@ -162,7 +211,8 @@ def toy_training(support: str) -> tuple[Tensor, Tensor, Tensor]:
     optimizer = torch.optim.Adam([logits], lr=0.05)
     for _ in range(600):
         optimizer.zero_grad()
-        support_divergence(logits.log_softmax(-1)[ids], teacher[ids], support=support).backward()
+        student = logits.log_softmax(-1)[ids]
+        support_divergence(student, teacher[ids], support=support, divergence=divergence).backward()
         optimizer.step()
     return before, logits.detach().softmax(-1)[ids], teacher[ids].exp()
 
@@ -171,6 +221,13 @@ def test_raw_sums_push_the_students_mass_down_to_the_teachers_over_e():
     before, after, teacher = toy_training("raw")
     assert_close(after, teacher / math.e, rtol=1e-2, atol=0)
     assert after.sum() < 0.6 * before.sum()
+
+
+def test_raw_sums_forward_pull_all_of_it_into_the_support():
+    """The divergence of the other direction does not collapse."""
+    _, after, teacher = toy_training("raw", "forward_kl")
+    assert_close(after / after.sum(), teacher / teacher.sum(), rtol=1e-2, atol=0)
+    assert after.sum() > 0.98
 
 
 def test_renormalised_ones_leave_it_where_it_was():
@@ -239,6 +296,17 @@ def test_returns_equal_a_double_loop(case, gamma):
     slow = [slow_returns(row, mask, gamma) for row, mask in zip(rewards, masks, strict=True)]
     fast = returns_to_go(torch.tensor(rewards, dtype=torch.float64), torch.tensor(masks), gamma)
     assert_close(fast, torch.tensor(slow, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("shape", [(3, 0), (0, 3), (0, 0)], ids=str)
+def test_no_rewards_have_no_returns(shape, gamma):
+    assert returns_to_go(torch.zeros(shape), torch.zeros(shape, dtype=torch.bool), gamma).shape == shape
+
+
+def test_a_masked_position_keeps_its_distance():
+    paid = returns_to_go(torch.tensor([[1.0, 2.0, 4.0]]), torch.tensor([[True, False, True]]), 0.5)
+    assert paid.tolist() == [[2.0, 2.0, 4.0]]
 
 
 def test_gamma_zero_is_the_reward_itself_and_gamma_one_all_that_follows():

@@ -6,7 +6,15 @@ from slow import tensor_sizes
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import (
+    FalconH1Config,
+    FalconH1ForCausalLM,
+    PreTrainedModel,
+    RecurrentGemmaConfig,
+    RecurrentGemmaForCausalLM,
+    xLSTMConfig,
+    xLSTMForCausalLM,
+)
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import head as head_module
@@ -106,6 +114,28 @@ def test_log_normaliser_and_its_gradient_are_those_of_logsumexp(monkeypatch, hea
         assert_close(head.log_normaliser(hidden), full.detach(), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("head", heads(), ids=["plain", "bias", "scale", "everything"])
+@pytest.mark.parametrize(("elements", "positions"), [(1, 4), (45, 100), (45, 4), (64, 1), (10**6, 4)])
+def test_the_entropy_is_that_of_the_whole_distribution(monkeypatch, head, elements, positions):
+    monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
+    monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
+    assert head.entropy(inputs(n=0)[0]).shape == (0,)
+    for n in (1, 9):
+        hidden = inputs(n=n)[0]
+        entropy = head.entropy(hidden)
+        assert not entropy.requires_grad
+        assert_close(entropy, torch.distributions.Categorical(logits=head.all_logits(hidden)).entropy().detach())
+
+
+def test_the_entropy_of_a_choice_and_of_none():
+    weight, bias = torch.zeros(20, 6, dtype=torch.float64), torch.full((20,), -torch.inf, dtype=torch.float64)
+    bias[[3, 7]] = 5.0  # and nothing but these two can be written
+    hidden = drawn(2, 6)
+    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden).exp(), torch.full((2,), 2.0).double())
+    bias[3] = -torch.inf
+    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden), torch.zeros(2).double())
+
+
 def test_no_position_has_no_normaliser():
     hidden, weight, _, _ = inputs(n=0)
     normaliser = OutputHead(weight=weight).log_normaliser(hidden)
@@ -164,14 +194,83 @@ def test_a_head_that_is_no_matrix_is_refused():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_known_family_passes_the_check_at_load(family):
-    check_head(tiny_model(family), family)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_every_known_family_passes_the_check_at_load(family, dtype):
+    check_head(tiny_model(family).to(dtype), family)
 
 
-def test_a_model_that_does_more_to_its_logits_is_refused(monkeypatch):
+RECURRENT = {
+    "logits_soft_cap": (
+        RecurrentGemmaForCausalLM, RecurrentGemmaConfig,
+        {"num_hidden_layers": 1, "lru_width": 32, "attention_window_size": 16, "logits_soft_cap": 0.5},
+    ),
+    "output_logit_soft_cap": (
+        xLSTMForCausalLM, xLSTMConfig, {"num_hidden_layers": 1, "num_heads": 2, "output_logit_soft_cap": 0.5}
+    ),
+    "lm_head_multiplier": (
+        FalconH1ForCausalLM, FalconH1Config,
+        {"num_hidden_layers": 1, "num_key_value_heads": 1, "mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8,
+         "mamba_d_state": 8, "mamba_chunk_size": 8, "lm_head_multiplier": 0.3},
+    ),
+}  # fmt: skip
+"""Families that name what they do to their logits otherwise than those of `FAMILIES`."""
+
+
+def recurrent(setting: str) -> PreTrainedModel:
+    kind, config, more = RECURRENT[setting]
+    common = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        return kind(config(**common, **ends, **more)).eval()
+
+
+@pytest.mark.parametrize("setting", RECURRENT)
+def test_other_names_for_a_scale_or_a_cap_are_known(setting):
+    model = recurrent(setting)
+    check_head(model, setting)
+    head = OutputHead.of(model)
+    assert (head.scale, head.soft_cap) == ((0.3, None) if setting == "lm_head_multiplier" else (1.0, 0.5))
+
+
+@pytest.mark.parametrize("setting", RECURRENT)
+def test_a_head_without_them_would_be_refused(monkeypatch, setting):
+    model = recurrent(setting)
+    for names in ("SCALES", "SOFT_CAPS"):
+        monkeypatch.setattr(head_module, names, ())
+    with pytest.raises(ConfigurationError, match="changes its logits"):
+        check_head(model, setting)
+
+
+def test_a_scale_that_is_no_number_is_refused_by_name_and_value():
     model = tiny_model("llama-tied")
-    model.config.logit_scale = 2.0  # which this family does not apply
+    model.config.logit_scale = "inv_sqrt_d_model"
+    with pytest.raises(ConfigurationError, match="LlamaForCausalLM has logit_scale='inv_sqrt_d_model'"):
+        OutputHead.of(model)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "scale"), [(torch.float32, 2.0), (torch.float32, 1.001), (torch.bfloat16, 2.0)], ids=str
+)
+def test_a_model_that_does_more_to_its_logits_is_refused(dtype, scale):
+    model = tiny_model("llama-tied").to(dtype)
+    model.config.logit_scale = scale  # which this family does not apply
     with pytest.raises(ConfigurationError, match=r"LlamaForCausalLM \('mine'\) changes its logits"):
+        check_head(model, "mine")
+
+
+def test_a_model_that_changes_few_tokens_logits_is_refused():
+    """Which one position alone would not show."""
+    model = tiny_model("llama-tied")
+    right = model.forward
+
+    def bent(**inputs: Tensor) -> object:
+        output = right(**inputs)
+        output.logits[:, 1:] += 1.0
+        return output
+
+    model.forward = bent
+    with pytest.raises(ConfigurationError, match="changes its logits"):
         check_head(model, "mine")
 
 
@@ -192,6 +291,17 @@ def test_hidden_states_of_another_model_are_refused_with_both_widths():
     unchecked = inspect.unwrap(gather_logits)  # as it runs where shapes are not checked
     with pytest.raises(ValueError, match="5 wide and the output matrix 6"):
         unchecked(hidden[:, :5], weight, ids)
+
+
+def test_ids_of_other_positions_and_a_bias_of_another_vocabulary_are_refused_with_both_numbers():
+    hidden, weight, bias, ids = inputs()
+    unchecked = inspect.unwrap(gather_logits)
+    for rows in (ids[:5], ids[:1]):  # a single row would be broadcast
+        with pytest.raises(ValueError, match=rf"{len(rows)} positions and hidden states of 9"):
+            unchecked(hidden, weight, rows)
+    for wrong in (bias[:19], torch.cat((bias, bias))):
+        with pytest.raises(ValueError, match=rf"{len(wrong)} numbers and the output matrix 20 rows"):
+            unchecked(hidden, weight, ids, wrong)
 
 
 @pytest.mark.parametrize("wrong", [-1, 20])
@@ -230,6 +340,21 @@ def test_no_more_than_a_chunk_exists_at_once(monkeypatch, normalised):
         assert largest(head, hidden, ids, normalised=True) == 40 * v  # the watch can see it
 
 
+def test_the_entropy_makes_no_more_logits_at_once_than_the_normaliser(monkeypatch):
+    n, d, v = 400, 4, 500
+    hidden, head = drawn(n, d, seed=1), OutputHead(weight=drawn(v, d, seed=2))
+
+    def largest_with(positions: int, elements: int) -> int:
+        monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
+        monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
+        with tensor_sizes() as sizes:
+            head.entropy(hidden)
+        return sizes.largest
+
+    assert largest_with(40, 2 * v) <= v * d  # the weight
+    assert largest_with(40, n * v) == 40 * v  # the watch can see it
+
+
 # ---- half precision -------------------------------------------------------------------------------------------------
 
 
@@ -255,6 +380,34 @@ def test_bf16_is_summed_in_float32_and_only_its_gradients_are_rounded():
         ("logits", "normaliser", "hidden", "weight"), ours, exact, (1e-6, 1e-6, 2**-8, 2**-8), strict=True
     ):
         assert relative(mine, true) < bound, name
+
+
+def bias_gradient(dtype: torch.dtype) -> Tensor:
+    """Of 4096 positions that ask for 20 ids again and again, from numbers that bf16 can hold."""
+    bias = torch.zeros(20, dtype=dtype, requires_grad=True)
+    ids = torch.randint(20, (4096, 4), generator=torch.Generator().manual_seed(4))
+    logits = gather_logits(torch.zeros(4096, 2, dtype=dtype), torch.zeros(20, 2, dtype=dtype), ids, bias)
+    factor = drawn(*ids.shape, seed=9).mul(0.1).add(1e-3).bfloat16()
+    return torch.autograd.grad((logits * factor.to(logits.dtype)).sum(), bias)[0]
+
+
+def test_the_gradient_of_a_bf16_bias_is_summed_in_float32():
+    assert relative(bias_gradient(torch.bfloat16), bias_gradient(torch.float64)) < 2**-8
+
+
+def test_the_gradient_of_a_bf16_normaliser_is_summed_over_tiles_in_float32(monkeypatch):
+    """Of 250 tiles it is as exact as of one."""
+    hidden, weight = (drawn(*shape, seed=shape[0]).bfloat16().requires_grad_() for shape in ((8, 64), (2000, 64)))
+
+    def error(head: OutputHead, tile: int) -> float:
+        monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", len(hidden) * tile)
+        return relative(gradients(head.log_normaliser(hidden), hidden)[0], exact)
+
+    wide = hidden.detach().double().requires_grad_()
+    exact = gradients(OutputHead(weight=weight.detach().double(), scale=0.05).log_normaliser(wide), wide)[0]
+    head = OutputHead(weight=weight, scale=0.05)
+    assert error(head, 2000) < 2**-8
+    assert error(head, 8) < 2**-8
 
 
 def test_wide_products_of_half_precision_have_the_gradients_of_wide_factors():

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from slow import positions, top_support
@@ -49,8 +51,9 @@ def test_one_token_of_each_of_two_is_a_comparison(source):
 
 @pytest.mark.parametrize("support", [*SUPPORTS, "raw"])
 def test_no_support_at_all_is_refused(support):
-    with pytest.raises(ConfigurationError, match="k=0"):
-        LocalSupportMatching(k=0, support=support)
+    for k in (0, -3):
+        with pytest.raises(ConfigurationError, match=rf"k={k}\): use a positive number of tokens"):
+            LocalSupportMatching(k=k, support=support)
 
 
 def test_one_token_and_a_tail_are_a_comparison():
@@ -60,8 +63,13 @@ def test_one_token_and_a_tail_are_a_comparison():
 
 
 def test_raw_sums_come_with_a_warning_that_says_where_to_read_about_it():
-    with pytest.warns(UserWarning, match="collapses .*arXiv 2603.25562"):
+    with pytest.warns(UserWarning, match="reverse_kl .*collapses .*arXiv 2603.25562"):
         LocalSupportMatching(support="raw")
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_raw_sums_of_another_divergence_come_without_it(divergence):
+    LocalSupportMatching(support="raw", divergence=divergence)  # a warning would be an error here
 
 
 @pytest.mark.parametrize(
@@ -77,8 +85,9 @@ def test_a_source_is_what_is_asked_of_both_sides(source, asked):
 def test_temperature_needs_the_normaliser_to_cancel():
     with pytest.raises(ConfigurationError, match="only `renormalise`"):
         LocalSupportMatching(support="tail_bucket", temperature=2.0)
-    with pytest.raises(ConfigurationError, match="temperature=0"):
-        LocalSupportMatching(temperature=0.0)
+    for wrong in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ConfigurationError, match=f"temperature={wrong}"):
+            LocalSupportMatching(temperature=wrong)
 
 
 def test_temperature_compares_both_sides_at_that_temperature():
@@ -116,6 +125,25 @@ def test_the_mass_outside_the_support_of_both_sides_is_told(support):
         assert_close(metrics[f"{side}_mass_outside"], outside, rtol=1e-9, atol=1e-12)
     first = hidden.gather(1, members).argmax(-1)
     assert_close(metrics["top1_agreement"].double(), (first == 0).double())
+
+
+@pytest.mark.parametrize(("support", "least"), [("renormalise", 2), ("tail_bucket", 1), ("generalised", 1)])
+def test_positions_without_a_comparison_are_told_and_agree_about_nothing(support, least):
+    head, hidden = head_as_logits()
+    teacher = teacher_support()
+    teacher.log_probs[:2] = -torch.inf
+    teacher.log_probs[2:5, 1:] = -torch.inf
+    teacher.ids.masked_fill_(teacher.log_probs == -torch.inf, 0)
+    loss = LocalSupportMatching(k=K, support=support)(head, positions(hidden, teacher))
+    empty = torch.tensor([0] * 2 + [1] * 3 + [K] * (N - 5)) < least
+    assert loss.metrics["support_empty"].tolist() == empty.float().tolist()
+    assert (loss.value[empty] == 0).all()
+    assert (loss.value[~empty] != 0).all()
+    everywhere = LocalSupportMatching(k=K, support=support)(head, positions(hidden, teacher_support()))
+    agreement = loss.metrics["top1_agreement"].tolist()
+    assert len(agreement) == int((~empty).sum())
+    assert agreement[-(N - 5) :] == everywhere.metrics["top1_agreement"][5:].tolist()
+    assert (everywhere.metrics["support_empty"] == 0).all()
 
 
 def test_what_needs_all_logits_is_looked_at_where_it_is_watched():

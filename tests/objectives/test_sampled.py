@@ -119,6 +119,14 @@ def test_a_reward_pays_only_within_its_own_turn():
     assert_close(advantages[0], case.rewards[:3].sum())
 
 
+def test_masked_positions_do_not_count_as_distance():
+    """Other than in `returns_to_go`: they are left out before it is asked."""
+    case = Case(masked=(1,), drift=0.0)
+    advantages = -SampledToken(gamma=0.5)(case.head, case.positions).value.detach()
+    first, last = case.rewards[:2]
+    assert_close(advantages[0], first + 0.5 * last)
+
+
 def test_what_is_told_is_the_sampled_estimate_unclipped_and_how_often_a_ratio_was():
     case = Case()
     metrics = SampledToken(clip=CLIP, reward_clip=0.1)(case.head, case.positions).metrics
@@ -145,7 +153,7 @@ def test_the_teacher_is_asked_for_no_token_but_the_sampled_one():
     "settings",
     [
         {"gamma": -0.1}, {"gamma": 1.1}, {"reward_clip": 0.0}, {"reward_clip": -1.0}, {"clip": 0.0}, {"clip": 1.0},
-        {"dual_clip": 1.0},
+        {"dual_clip": 1.0}, {"dual_clip": math.nan}, {"reward_clip": math.nan},
     ],
 )  # fmt: skip
 def test_impossible_settings_are_refused_by_name_and_value(settings):
