@@ -314,7 +314,7 @@ def test_turns_that_move_without_their_supports_are_another_step(student, teache
 def share(
     student: PreTrainedModel, objective: Objective, taught: Lesson, reduction: str, processes: int, rank: int
 ) -> Tensor:
-    """The gradient of one process's share of a step, averaged over all, as DDP and FSDP do it; last, the step's loss."""
+    """The gradient of one process's share of a step, averaged over all as DDP and FSDP do it; last, the loss."""
 
     def total(values: Tensor) -> Tensor:
         if processes > 1:
@@ -370,7 +370,7 @@ def by_two_processes(student_folder, teacher, turns, tmp_path_factory) -> dict[t
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @each_objective
-def test_two_processes_have_the_gradient_and_the_loss_of_one(by_two_processes, student, teacher, turns, objective, reduction):
+def test_two_processes_have_gradient_and_loss_of_one(by_two_processes, student, teacher, turns, objective, reduction):
     """With other numbers of turns, positions and micro-batches."""
     (name,) = (name for name, other in OBJECTIVES.items() if other is objective)
     alone = share(student, objective, lesson(student, teacher, turns, objective), reduction, 1, 0)

@@ -36,7 +36,9 @@ def support_divergence(
 
     A token that the teacher gives probability 0 is no member of the support, on neither side; a position without
     members has no divergence. A member that the student gives probability 0 (-inf) counts as if it had the smallest
-    normal number (float32: -87.3 nats), without gradient; finite log-probs count as they are, however small. Computed in float32 or wider, finite for every input that has neither NaN nor +inf.
+    normal number (float32: -87.3 nats), without gradient; finite log-probs count as they are, however small.
+
+    Computed in float32 or wider, finite for every input that has neither NaN nor +inf.
 
     >>> support_divergence(torch.tensor([0.0, 1.0]), torch.tensor([5.0, 6.0]))
     tensor(0.)

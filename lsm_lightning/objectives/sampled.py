@@ -19,8 +19,10 @@ class SampledToken(Objective):
 
     A token's advantage is the discounted sum of the rewards from it on, held constant, and the loss PPO's with both
     clips. Masked positions are as if they were not there: they pay nothing, and what lies behind them is discounted
-    by the kept positions between only. $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of
-    new and old probability leaves 1 only where sampling and training compute otherwise (another engine, bf16).
+    by the kept positions between only.
+
+    $\pi_{old}$ is the student as it sampled: since a step makes one update from its own samples, the ratio of new and
+    old probability leaves 1 only where sampling and training compute otherwise (another engine, bf16).
 
     Args:
         gamma: Discount of later rewards: 0 is token level (lowest variance), 1 is sequence level.

@@ -130,8 +130,7 @@ def test_a_finite_log_prob_counts_as_it_is_however_small(support, divergence, dt
 
 
 def test_120_nats_are_120_nats():
-    value, gradient = far_apart(torch.float32, "renormalise", "reverse_kl")
-    assert value[0] == pytest.approx(60 - math.log(2))
+    assert far_apart(torch.float32, "renormalise", "reverse_kl")[0][0] == pytest.approx(60 - math.log(2))
     assert far_apart(torch.float32, "renormalise", "forward_kl")[1][1].tolist() == pytest.approx([0.5, -0.5])
 
 
