@@ -232,10 +232,11 @@ class OutputHead:
         """Nats, of the distribution over the whole vocabulary; tile by tile as the normaliser, without gradient."""
         parts = []
         for block, tiles in self._blocks(hidden):
-            normaliser = self.log_normaliser(block).unsqueeze(-1)
-            log_probs = (tile.all_logits(block, exact=True) - normaliser for tile in tiles)
-            # `entr` counts a probability of 0 as none.
-            parts.append(torch.stack([torch.special.entr(part.exp()).sum(-1) for part in log_probs]).sum(0))
+            masses, within = (
+                torch.stack(of_all) for of_all in zip(*(t._tile_entropy(block) for t in tiles), strict=True)
+            )
+            shares = masses.softmax(0)
+            parts.append((torch.special.entr(shares) + shares * within).sum(0))
         return torch.cat(parts)
 
     def all_logits(self, hidden: Float[Tensor, "n d"], *, exact: bool = False) -> Float[Tensor, "n v"]:
@@ -279,6 +280,13 @@ class OutputHead:
         if not torch.is_grad_enabled():
             return run(hidden)
         return checkpoint(run, hidden, use_reentrant=False, preserve_rng_state=False)
+
+    def _tile_entropy(self, hidden: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Log of a tile's mass, and the entropy of the choice within it; 0 where nothing in it can be chosen."""
+        logits = self.all_logits(hidden, exact=True)
+        mass = logits.logsumexp(-1)
+        log_probs = logits - mass.clamp(min=torch.finfo(mass.dtype).min).unsqueeze(-1)
+        return mass, torch.special.entr(log_probs.exp()).sum(-1)
 
     def _finish(self, logits: Float[Tensor, "n k"]) -> Float[Tensor, "n k"]:
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

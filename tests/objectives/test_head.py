@@ -127,7 +127,9 @@ def test_the_entropy_is_that_of_the_whole_distribution(monkeypatch, head, elemen
         assert_close(entropy, torch.distributions.Categorical(logits=head.all_logits(hidden)).entropy().detach())
 
 
-def test_the_entropy_of_a_choice_and_of_none():
+@pytest.mark.parametrize("elements", [1, 10**6])
+def test_the_entropy_of_a_choice_and_of_none(monkeypatch, elements):
+    monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)  # 1: most tiles can write nothing at all
     weight, bias = torch.zeros(20, 6, dtype=torch.float64), torch.full((20,), -torch.inf, dtype=torch.float64)
     bias[[3, 7]] = 5.0  # and nothing but these two can be written
     hidden = drawn(2, 6)
