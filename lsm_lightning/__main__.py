@@ -1,5 +1,6 @@
 """`python -m lsm_lightning fit | validate | plan --config FILE`, or `export RUN -o DIR`."""
 
+import logging
 import sys
 
 
@@ -7,6 +8,8 @@ def main() -> int:
     """Run the command line; classes of a configuration may stand in the current folder, as with `python -m`."""
     if "" not in sys.path:
         sys.path.insert(0, "")
+    # Where it is installed, it is loaded with peft and tells of optional kernels, also those who use neither.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     from lsm_lightning.cli import main as run_main
 
     return run_main()

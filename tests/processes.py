@@ -14,8 +14,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+import pytest
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+LIGHTNINGS_ADVICE = [
+    # On loaders and checkpoints; the command line leaves it out too (`cli._quieten`).
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
+    pytest.mark.filterwarnings("ignore:.*AFTER optimization"),
+    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
+]
 SECONDS_ALLOWED = 60.0
 """Before a process counts as hanging."""
 

@@ -398,7 +398,8 @@ def full_disk(size: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("layout", "rank"), [("shards", 1), pytest.param("shards", 0, marks=pytest.mark.slow), ("ddp", 0)]
+    ("layout", "rank"),
+    [("shards", 1), *(pytest.param(layout, 0, marks=pytest.mark.slow) for layout in ("shards", "ddp"))],
 )
 def test_where_one_disk_is_full_no_process_waits_for_another(prepare, whole, layout, rank):
     """And the checkpoint that both had saved is there."""

@@ -13,7 +13,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from processes import started
+from processes import LIGHTNINGS_ADVICE, started
 from safetensors import safe_open
 from test_training import assert_identical
 from tiny import FAMILIES, SIZES, STUDENT_END, TEACHER_END, TEMPLATE, save_tiny, tiny_model
@@ -49,13 +49,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 POLITE = TEMPLATE.replace("{% for", "Please.{% for", 1)
 """A chat template that differs from the student's own."""
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*AFTER optimization"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = LIGHTNINGS_ADVICE
 
 
 @pytest.fixture(scope="module")

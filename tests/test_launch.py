@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from processes import LIGHTNINGS_ADVICE
 from torch import Tensor
 
 from lsm_lightning.cli import main
@@ -32,13 +33,7 @@ SHARDED = {
 }
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*AFTER optimization"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = LIGHTNINGS_ADVICE
 
 
 # ---- ways to start --------------------------------------------------------------------------------------------------
@@ -230,7 +225,10 @@ def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float
     return max((after[name] - before[name]).abs().max().item() for name in before)
 
 
-each_launch = pytest.mark.parametrize("name", LAUNCHES)
+each_launch = pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in ("Lightning", "torchrun") else name for name in LAUNCHES],
+)
 
 
 @each_launch

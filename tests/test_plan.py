@@ -231,7 +231,8 @@ def test_work_is_two_flops_a_weight_and_token_and_twice_that_backward(planned):
     embedding = WIDTH * VOCABULARY
     tokens = lengths.episodes * lengths.sequence
     flops = phase(made, "update").flops
-    assert flops["forward"] == pytest.approx(2 * (rehearsal.parameters - embedding) * tokens, rel=0.15)
+    # More than that: the head at the watched positions, which are many of these few.
+    assert flops["forward"] == pytest.approx(2 * (rehearsal.parameters - embedding) * tokens, rel=0.2)
     assert flops["backward"] == pytest.approx(2 * flops["forward"], rel=0.1)
     assert made.tasks[0].seconds["forward"] == flops["forward"] / 1e12
 

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from peft import LoraConfig
+from processes import LIGHTNINGS_ADVICE
 from scripted import EchoGames
 from slow import all_response_logits, sampled_ids
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -30,14 +31,7 @@ from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.types import Support
 
-pytestmark = [
-    # Lightning's advice on loaders and checkpoints, which the command line leaves out too (`cli._quieten`).
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:.*treespec, LeafSpec"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty"),
-    pytest.mark.filterwarnings("ignore:.*AFTER optimization"),
-    pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable"),
-]
+pytestmark = LIGHTNINGS_ADVICE
 
 
 @dataclass

@@ -58,7 +58,7 @@ class SampledToken(Objective):
         log_probs = logits - head.log_normaliser(positions.hidden)
         sampler = positions.sampler_log_probs.to(log_probs.dtype)
         # A token that the teacher rules out is as bad as the smallest normal number, and the sum stays finite.
-        rewards = positions.support.sampled.clamp(min=LEAST) - sampler
+        rewards = positions.support.sampled.masked_fill(positions.support.sampled == -torch.inf, LEAST) - sampler
         limit = self.reward_clip if self.reward_clip is not None else torch.inf
         advantages = self._advantages(rewards.clamp(-limit, limit), positions)
         value = clipped_policy_loss(log_probs - sampler, advantages, clip=self.clip, dual_clip=self.dual_clip)
