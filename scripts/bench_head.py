@@ -49,7 +49,7 @@ K = 32
 LENGTHS = (256, 1024, 4096, 16_384)
 MODELS = ((576, 49_152), (896, 151_936), (3584, 152_064))
 VOCABULARIES = (16_384, 65_536, 262_144)
-NEEDED = ("torch>=2.9,<2.14", "jaxtyping>=0.3", "rich>=13", "transformers>=5.24")
+NEEDED = ("torch>=2.9,<2.14", "jaxtyping>=0.3", "peft>=0.18", "rich>=13", "transformers>=5.24")
 PEERS = ("liger-kernel", "trl")
 CHUNK = 256
 """Positions a chunk of the checkpointed logits, as many as in TRL's top-K loss."""
