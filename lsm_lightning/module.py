@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import ParallelStrategy
-from lightning.pytorch.utilities.seed import isolate_rng
 from peft import LoraConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -326,8 +325,7 @@ class OnPolicyDistillation(LightningModule):
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
-        with isolate_rng():  # the first time it makes a replica, which draws weights to throw away
-            self.engine.sync(self.student)
+        self.engine.sync(self.student)
         task = self._data.tasks[batch.task]
         episodes = [
             ((self.seed, batch.step, index, sample), task.episode("train", index))
@@ -464,8 +462,7 @@ class OnPolicyDistillation(LightningModule):
             on_progress: Told (finished, all) episodes of this process.
         """
         if player is None:
-            with isolate_rng():
-                self.engine.sync(self.student)
+            self.engine.sync(self.student)
             player = self.player(self.eval_sampling)
         indices = self._data.eval_indices(task)
         played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)

@@ -88,11 +88,9 @@ def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtyp
     )
     body: Any = model.base_model
     head: Any = model.get_output_embeddings()
-    tied = _is_tied(model)
-    for unit in (*decoder_layers(model), body, *(() if tied else (head,))):
+    for unit in (*decoder_layers(model), body, *(() if _is_tied(model) else (head,))):
         fully_shard(unit, mesh=mesh, mp_policy=policy)
-    if tied:
-        _tie(model)
+    _tie(model)
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

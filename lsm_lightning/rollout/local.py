@@ -220,7 +220,9 @@ def _positions(mask: Int[Tensor, "b t"]) -> Int[Tensor, "b t"]:
 
 def _plain_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """A frozen eval-mode model of the same shape; its weights are still to be filled in."""
-    with torch.device(model.device):
+    # It draws weights to throw away, which the random numbers of training must not notice.
+    gpus = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=gpus), torch.device(model.device):
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # so that a large replica is never there in float32
         try:
