@@ -110,3 +110,35 @@ def test_progress_is_told_after_every_round(player):
 
 def test_no_episode_is_no_trajectory(player):
     assert play([], player) == []
+
+
+class SlowEpisode(EchoEpisode):
+    """Notes when it takes a step and when it is asked about it."""
+
+    log: list[str]
+
+    def step(self, answer: str) -> None:
+        super().step(answer)
+        self.log.append("step")
+
+    @property
+    def done(self) -> bool:
+        self.log.append("asked")
+        return self._over
+
+    @done.setter
+    def done(self, value: bool) -> None:
+        self._over = value
+
+    _over = False
+
+
+def test_all_episodes_take_their_step_before_any_is_asked_how_it_went(player):
+    log: list[str] = []
+    episodes = games()
+    for episode in episodes:
+        episode.__class__ = SlowEpisode
+        episode.log = log
+    play(episodes, player)
+    rounds = "".join("s" if entry == "step" else "a" for entry in log)
+    assert [len(part) for part in rounds.split("a") if part] == [3, 2, 1]
