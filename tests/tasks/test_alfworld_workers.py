@@ -24,11 +24,10 @@ pytest.importorskip("textworld", reason="needs the alfworld extra")
 
 from lsm_lightning.tasks.alfworld import AlfworldGames, workers
 from lsm_lightning.tasks.alfworld.expert import decide
-from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.running import LocalGame, RunningGame, Scene
 from lsm_lightning.tasks.alfworld.translation import TranslationCache, _digest, _write, translate
-from lsm_lightning.tasks.alfworld.workers import RemoteGame, WorkerPool, default_workers
+from lsm_lightning.tasks.alfworld.workers import WorkerPool, default_workers
 
 REPOSITORY = Path(__file__).parents[2]
 PATIENCE = 30.0
@@ -171,7 +170,7 @@ def test_games_go_on_when_their_worker_is_killed_at_work(pool):
     games = [generate(38, index) for index in range(3)]
     remote, local = [pool.open(game) for game in games], [LocalGame(game) for game in games]
     commands = [game.scene().admissible[0] for game in local]
-    assert [list(game.scene().admissible)[0] for game in remote] == commands
+    assert [game.scene().admissible[0] for game in remote] == commands
     (pid,) = pool.processes
     os.kill(pid, signal.SIGSTOP)
     for game, command in zip([*remote, *local], commands * 2, strict=True):
