@@ -38,7 +38,7 @@ def test_a_command_refused_before_is_a_repetition():
     assert told == {"fly": "repeated", "run": "unknown"}
 
 
-@given(command=st.text(), tagged=st.booleans(), refused=st.none() | st.text())
+@given(command=st.text(max_size=20), tagged=st.booleans(), refused=st.none() | st.text(max_size=20))
 def test_every_command_has_one_of_the_kinds(command, tagged, refused):
     kind = invalid_kind(command, tagged=tagged, admissible=ADMISSIBLE, refused=refused)
     assert kind in INVALID_KINDS
