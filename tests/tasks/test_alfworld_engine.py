@@ -14,6 +14,7 @@ pytest.importorskip("textworld", reason="needs the alfworld extra")
 
 from lsm_lightning.tasks.alfworld import extra
 from lsm_lightning.tasks.alfworld.engine import NOTHING_HAPPENS, Engine, EnginePool, ground
+from lsm_lightning.tasks.alfworld.facts import Facts
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
 from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.games import generate
@@ -150,7 +151,7 @@ def test_arguments_of_the_process_stay():
 
 def test_expressions_of_a_grammar_run_no_code():
     symbols = TextGrammar({})
-    scope = Scope(None, {}, {}, {})
+    scope = Scope(Facts(None), {}, {}, {})
     with pytest.raises(ValueError, match="none of ALFWorld's"):
         symbols.derive("{__import__('os').getcwd()}", scope)
     assert _symbols("plain")[0].symbol == "plain"
@@ -179,6 +180,7 @@ def test_playing_leaves_no_folder_no_variable_and_no_heavy_import(tmp_path):
     code = """
 import os, sys
 from lsm_lightning.tasks.alfworld.engine import Engine, ground
+from lsm_lightning.tasks.alfworld.facts import Facts
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
 from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.games import generate

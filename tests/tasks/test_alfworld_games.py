@@ -72,7 +72,7 @@ def assert_plans_win(engine: Engine, seed: int, world: str, split: str, count: i
     assert seen == dict.fromkeys(KINDS, count // len(KINDS))
 
 
-@pytest.mark.parametrize(("world", "count"), [("mini", 120), ("full", 36)])
+@pytest.mark.parametrize(("world", "count"), [("mini", 84), ("full", 24)])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_plans_win_and_no_game_is_won_at_the_start(engine, world, count, split):
     assert_plans_win(engine, 11, world, split, count)

@@ -150,10 +150,10 @@ def test_admissible_commands_are_shown_if_the_prompt_has_a_place_for_them():
         instantiate({"prompt": prompt, "workers": 0}).episode("train", 0).messages()[0]["content"]
         for prompt in ("compact", blind)
     )
-    command = "go to countertop 1"
+    command = "go to nightstand 1"
     assert command in shown
     assert command not in hidden
-    assert "countertop 1" in hidden, "the start lists the places"
+    assert "nightstand 1" in hidden, "the start lists the places"
 
 
 @pytest.mark.parametrize("history", [0, 1, 3])

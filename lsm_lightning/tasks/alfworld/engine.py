@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from lsm_lightning.tasks.alfworld import extra
+from lsm_lightning.tasks.alfworld.facts import Facts
 from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.grammar import Scope, TextGrammar, parse_logic
 from lsm_lightning.tasks.alfworld.translation import Translation, TranslationCache, translate
@@ -64,6 +65,7 @@ class Engine:
         """Begin a game, or begin it again; returns the first text, in which alone the task sentence stands."""
         self._texts = grounding.texts
         self._state = _initial_state(self._library, grounding)
+        self._facts = Facts(self._state)
         self._entities = _entities(self._state)
         self._look_around()
         return self._texts.derive("#intro#", self._scope({}))
@@ -73,7 +75,7 @@ class Engine:
         action = self._valid.get(command.strip())
         if action is None:
             return NOTHING_HAPPENS
-        self._state.apply(action)
+        self._facts.changed(self._state.apply(action))
         text = self._texts.derive(action.feedback_rule, self._scope(action.mapping))
         self._look_around()
         return text
@@ -87,7 +89,7 @@ class Engine:
 
     def _scope(self, mapping: Mapping[Any, Any]) -> Scope:
         named = {placeholder.name: self._entities[variable.name] for placeholder, variable in mapping.items()}
-        return Scope(self._state, self._entities, named, mapping)
+        return Scope(self._facts, self._entities, named, mapping)
 
 
 def _initial_state(library: Any, grounding: Grounding) -> Any:
