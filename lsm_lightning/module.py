@@ -517,6 +517,10 @@ class OnPolicyDistillation(LightningModule):
             "train/reward": (sum(t.reward for t in trajectories), len(trajectories)),
             "train/turns": (len(turns), len(trajectories)),
             "train/invalid_actions": (sum(t.invalid_actions for t in trajectories), len(turns)),
+            **{
+                f"train/invalid/{kind}": (sum(t.invalid_kinds.get(kind, 0) for t in trajectories), len(turns))
+                for kind in self._data.tasks[task].invalid_kinds
+            },
             "train/truncated": (sum(turn.completion.truncated for turn in turns), len(turns)),
             "train/response_tokens": (tokens, len(turns)),
             "train/loss": (totals.loss, 1 / self.trainer.world_size),

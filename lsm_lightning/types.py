@@ -3,8 +3,8 @@
 `N` counts response tokens of all turns, one turn after the other; `K` is the size of a support.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -56,6 +56,8 @@ class Trajectory:
     """From 0 to 1; 1 is solved. For people to watch, no part of the loss."""
     invalid_actions: int
     """Turns whose answer the environment could not use."""
+    invalid_kinds: Mapping[str, int] = field(default_factory=dict)
+    """The same by kind, where the task tells kinds apart."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

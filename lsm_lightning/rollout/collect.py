@@ -72,6 +72,7 @@ def collect(
             for game, turn in zip(going, player.answer(conversations, seeds, max_new_tokens), strict=True):
                 game.turns.append(turn)
                 game.episode.step(turn.answer)
+            for game in going:  # not before all have taken their step: environments may be at work side by side
                 if game.episode.done:
                     game.episode.close()
             if on_progress is not None:
@@ -85,6 +86,7 @@ def collect(
             turns=game.turns,
             reward=game.episode.reward,
             invalid_actions=game.episode.invalid_actions,
+            invalid_kinds=dict(game.episode.invalid_kinds),
         )
         for game in games
     ]

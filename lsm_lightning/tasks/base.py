@@ -1,7 +1,8 @@
 """A task hands out episodes; an episode asks, takes answers and says when it is over."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Literal
 
 from lsm_lightning.types import Message
@@ -18,6 +19,9 @@ class Episode(ABC):
             answer = write(episode.messages())
             episode.step(answer)
         episode.reward; episode.close()
+
+    `step` may leave work to be done elsewhere; what is asked afterwards then waits for it. So all episodes take their
+    step before any is asked.
     """
 
     kind: str = ""
@@ -27,6 +31,8 @@ class Episode(ABC):
     """Valid once `done`: from 0 to 1, where 1 is solved."""
     invalid_actions: int = 0
     """Answers so far that the environment could not use."""
+    invalid_kinds: Mapping[str, int] = MappingProxyType({})
+    """The same by kind, where the task tells kinds apart (`Task.invalid_kinds`)."""
 
     @abstractmethod
     def messages(self) -> Sequence[Message]:
@@ -53,6 +59,8 @@ class Task(ABC):
     max_new_tokens: int
     max_turns: int = 1
     """Most turns of an episode."""
+    invalid_kinds: Sequence[str] = ()
+    """Kinds of answers that its episodes cannot use; each is logged under its name."""
 
     @abstractmethod
     def setup(self) -> None:

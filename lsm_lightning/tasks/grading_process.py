@@ -5,15 +5,16 @@ import contextlib
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
+
+from lsm_lightning.tasks import child
 
 TIME_LIMIT = 3.0
 """Seconds of wall time for one comparison."""
 START_LIMIT = 60.0
 """Seconds of wall time for the process to import what it needs."""
+WORKER = "lsm_lightning.tasks.grading_worker"
 
 
 class SymbolicComparer:
@@ -69,23 +70,13 @@ class SymbolicComparer:
         if not self._ready:
             self._stop()
             raise RuntimeError(
-                f"The grading process did not start (exit status {process.returncode}). Run `{' '.join(_command())}` "
-                "to see why; math-verify has to be installed."
+                f"The grading process did not start (exit status {process.returncode}). Run "
+                f"`{' '.join(child.command(WORKER))}` to see why; math-verify has to be installed."
             )
         return process
 
     def _spawn(self) -> subprocess.Popen[str]:
-        package_root = str(Path(__file__).resolve().parents[2])
-        search_path = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
-        self._process = subprocess.Popen(
-            _command(),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            encoding="utf-8",
-            start_new_session=True,  # an interrupt from the keyboard is for the trainer
-            env={**os.environ, "PYTHONPATH": search_path, "OMP_NUM_THREADS": "1"},
-        )
+        self._process = child.start(WORKER, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
         self._ready = False
         self._owner = os.getpid()
         return self._process
@@ -95,15 +86,11 @@ class SymbolicComparer:
         if process is None:
             return
         if self._owner != os.getpid():
-            _disown(process)
+            child.disown(process)
             return
         process.kill()
         with contextlib.suppress(BrokenPipeError):
             process.communicate()
-
-
-def _command() -> list[str]:
-    return [sys.executable, "-P", "-m", "lsm_lightning.tasks.grading_worker"]
 
 
 def _line(process: subprocess.Popen[str]) -> str:
@@ -120,12 +107,3 @@ def _killed_after(process: subprocess.Popen[str], seconds: float) -> Iterator[No
         yield
     finally:
         timer.cancel()
-
-
-def _disown(process: subprocess.Popen[str]) -> None:
-    """In a forked child: let go of the parent's process without touching it."""
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(OSError):
-            pipe.close()
-    process.returncode = 0  # it is not ours to wait for

@@ -7,7 +7,8 @@ from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.seeds import seed_of
-from lsm_lightning.types import Completion, Trajectory
+from lsm_lightning.tasks.base import Episode
+from lsm_lightning.types import Completion, Message, Trajectory
 
 LENGTHS = [2, 1, 3]
 
@@ -110,3 +111,29 @@ def test_progress_is_told_after_every_round(player):
 
 def test_no_episode_is_no_trajectory(player):
     assert play([], player) == []
+
+
+class SlowEpisode(Episode):
+    """Notes when it takes a step and when it is asked whether it is over."""
+
+    def __init__(self, turns: int, log: list[str]) -> None:
+        self.left, self.log = turns, log
+
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": "Say apple."}]
+
+    def step(self, answer: str) -> None:
+        self.left -= 1
+        self.log.append("step")
+
+    @property
+    def done(self) -> bool:
+        self.log.append("asked")
+        return self.left == 0
+
+
+def test_all_episodes_take_their_step_before_any_is_asked_how_it_went(player):
+    log: list[str] = []
+    play([SlowEpisode(length, log) for length in LENGTHS], player)
+    rounds = "".join("s" if entry == "step" else "a" for entry in log)
+    assert [len(part) for part in rounds.split("a") if part] == [3, 2, 1]

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ pytest.importorskip("textworld", reason="needs the alfworld extra")
 
 from lsm_lightning.tasks.alfworld import extra
 from lsm_lightning.tasks.alfworld.engine import NOTHING_HAPPENS, Engine, EnginePool, ground
+from lsm_lightning.tasks.alfworld.facts import Facts
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
+from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.grammar import Scope, TextGrammar, _symbols
 
@@ -61,12 +64,41 @@ def test_texts_equal_the_stock_engines_in_a_full_room(engine, stock):
     assert_same_play(engine, stock, generate(21, 4, "full"), steps=20)
 
 
-@pytest.mark.skipif(not ARCHIVE.is_file(), reason="the archive of genuine games is not there")
-def test_texts_equal_the_stock_engines_in_a_genuine_game(engine, stock, tmp_path):
+def unpack(folder: Path, count: int) -> list[Game]:
+    """So many genuine games from all over the archive, whose members are sorted by task type."""
+    if not ARCHIVE.is_file():
+        pytest.skip("the archive of genuine games is not there")
     with tarfile.open(ARCHIVE) as archive:
-        member = next(member for member in archive if member.name.endswith(FILE_NAME))
-        archive.extract(member, tmp_path, filter="data")
-    assert_same_play(engine, stock, read_game(tmp_path / member.name), steps=12)
+        members = [member for member in archive if member.name.endswith(FILE_NAME)]
+        chosen = [members[number * len(members) // count] for number in range(count)]
+        archive.extractall(folder, chosen, filter="data")
+    return [read_game(folder / member.name) for member in chosen]
+
+
+def test_texts_equal_the_stock_engines_in_a_genuine_game(engine, stock, tmp_path):
+    (game,) = unpack(tmp_path, 1)
+    assert_same_play(engine, stock, game, steps=12)
+
+
+@pytest.mark.slow
+def test_texts_equal_the_stock_engines_on_a_thousand_random_steps_of_genuine_games(engine, stock, tmp_path):
+    games = unpack(tmp_path, 25)
+    assert len({game.kind for game in games}) == 6
+    for game in games:
+        assert_same_play(engine, stock, game, steps=len(game.plan) + 40)
+
+
+@pytest.mark.slow
+def test_a_core_gives_two_hundred_commands_a_second_to_genuine_games(engine, tmp_path):
+    choose, spent, commands = random.Random(0), 0.0, 60
+    games = unpack(tmp_path, 10)
+    for game in games:
+        engine.start(ground(game))
+        start = time.process_time()
+        for _ in range(commands):
+            engine.act(choose.choice(engine.admissible))
+        spent += time.process_time() - start
+    assert commands * len(games) / spent >= 200
 
 
 def test_the_comparison_can_fail(engine, stock, monkeypatch):
@@ -119,7 +151,7 @@ def test_arguments_of_the_process_stay():
 
 def test_expressions_of_a_grammar_run_no_code():
     symbols = TextGrammar({})
-    scope = Scope(None, {}, {}, {})
+    scope = Scope(Facts(None), {}, {}, {})
     with pytest.raises(ValueError, match="none of ALFWorld's"):
         symbols.derive("{__import__('os').getcwd()}", scope)
     assert _symbols("plain")[0].symbol == "plain"
@@ -148,7 +180,9 @@ def test_playing_leaves_no_folder_no_variable_and_no_heavy_import(tmp_path):
     code = """
 import os, sys
 from lsm_lightning.tasks.alfworld.engine import Engine, ground
+from lsm_lightning.tasks.alfworld.facts import Facts
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, read_game
+from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.games import generate
 Engine().start(ground(generate(0, 0)))
 assert "ALFWORLD_DATA" not in os.environ

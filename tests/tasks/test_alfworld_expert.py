@@ -13,6 +13,7 @@ from lsm_lightning.tasks.alfworld.expert import decide
 from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.play import Play
 from lsm_lightning.tasks.alfworld.prompts import PROMPTS, render
+from lsm_lightning.tasks.alfworld.running import EngineGame
 
 
 def shown(prompt: str) -> tuple:
@@ -24,7 +25,7 @@ def shown(prompt: str) -> tuple:
 
 def turns_to_win(engine: Engine, index: int, world: str, limit: int) -> int:
     """Turns the expert needed, `limit + 1` if it did not win; it reads the prompt."""
-    play = Play(engine, ground(generate(77, index, world)))
+    play = Play(EngineGame(engine, ground(generate(77, index, world))))
     while not play.won and play.taken < limit:
         compact = PROMPTS["compact"]
         prompt = render(compact, play.task, play.taken, play.history, play.observation, play.admissible)
@@ -75,7 +76,7 @@ def test_every_fourth_game_follows_the_expert_and_the_others_stray():
 
 def test_prompts_of_demonstrations_equal_those_of_an_episode():
     rows = list(demonstrations(0, 4, 1, random_share=0.0))
-    episode = AlfworldGames(seed=0).episode("train", 4)
+    episode = AlfworldGames(seed=0, workers=0).episode("train", 4)
     for row in rows:
         assert episode.messages() == [{"role": "user", "content": row.prompt(PROMPTS["compact"])}]
         episode.step(row.answer())
@@ -94,7 +95,7 @@ def test_rows_after_invalid_commands_are_what_the_game_would_show(rows):
 
 
 def test_expert_goes_on_after_an_invalid_command():
-    play = Play(Engine(), ground(generate(77, 3)))
+    play = Play(EngineGame(Engine(), ground(generate(77, 3))))
     while not play.won:
         assert play.taken < 60
         if play.observation != NOTHING_HAPPENS:

@@ -13,7 +13,8 @@ from lsm_lightning.tasks.alfworld.world import LAMP, OBJECTS, RECEPTACLES, WORLD
 pytest.importorskip("textworld", reason="needs the alfworld extra")
 
 from lsm_lightning.tasks.alfworld.engine import Engine, ground
-from lsm_lightning.tasks.alfworld.games import Game, generate
+from lsm_lightning.tasks.alfworld.game import Game
+from lsm_lightning.tasks.alfworld.games import generate
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +58,10 @@ def test_worlds_have_the_advertised_size():
     assert set(full.receptacles) == set(RECEPTACLES)
 
 
-@pytest.mark.parametrize("world", ["mini", "full"])
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_plans_win_and_no_game_is_won_at_the_start(engine, world, split):
+def assert_plans_win(engine: Engine, seed: int, world: str, split: str, count: int) -> None:
     seen = Counter()
-    for index in range(30):
-        game = generate(11, index, world, split)
+    for index in range(count):
+        game = generate(seed, index, world, split)
         engine.start(ground(game))
         assert not engine.won, game.name
         for command in game.plan:
@@ -70,7 +69,20 @@ def test_plans_win_and_no_game_is_won_at_the_start(engine, world, split):
             engine.act(command)
         assert engine.won, game.name
         seen[game.kind] += 1
-    assert seen == dict.fromkeys(KINDS, 5)
+    assert seen == dict.fromkeys(KINDS, count // len(KINDS))
+
+
+@pytest.mark.parametrize(("world", "count"), [("mini", 84), ("full", 24)])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_plans_win_and_no_game_is_won_at_the_start(engine, world, count, split):
+    assert_plans_win(engine, 11, world, split, count)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", ["mini", "full"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_plans_of_very_many_games_win(engine, world, split):
+    assert_plans_win(engine, 12, world, split, 600)
 
 
 def test_a_game_is_a_function_of_its_arguments():

@@ -97,7 +97,7 @@ def test_observations_are_not_read_as_templates(text):
     ],
 )
 def test_strict_projection(answer, action):
-    assert strict_projection(answer) == action
+    assert strict_projection(answer).command == action
 
 
 @pytest.mark.parametrize(
@@ -111,10 +111,10 @@ def test_strict_projection(answer, action):
     ],
 )
 def test_paper_projection(answer, action):
-    assert paper_projection(answer) == action
+    assert paper_projection(answer).command == action
 
 
 @given(st.text())
 def test_projections_take_any_text(answer):
-    assert strict_projection(f"{answer}</think><action>look</action>") == "look"
-    assert isinstance(paper_projection(answer), str)
+    assert strict_projection(f"{answer}</think><action>look</action>") == ("look", True)
+    assert isinstance(paper_projection(answer).command, str)

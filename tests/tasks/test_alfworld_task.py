@@ -4,6 +4,8 @@ import gc
 import json
 import sys
 import tarfile
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,18 @@ from lsm_lightning.tasks.base import Task
 
 pytest.importorskip("textworld", reason="needs the alfworld extra")
 
-from lsm_lightning.tasks.alfworld.engine import Engine, EnginePool, ground
+from lsm_lightning.tasks.alfworld.engine import EnginePool
 from lsm_lightning.tasks.alfworld.files import FILE_NAME, find_games, kind_of, read_game
 from lsm_lightning.tasks.alfworld.games import generate
 
 ARCHIVE = Path(__file__).parents[3] / "shared" / "data" / "alfworld" / "games.tar.xz"
+LONGEST_PROMPT = 4000
+"""Characters; about a thousand tokens, while the paper's code allows 2048."""
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
 
 
 def say(command: str) -> str:
@@ -28,7 +37,7 @@ def say(command: str) -> str:
 
 def test_plan_of_a_game_earns_the_reward():
     game = generate(0, 3)
-    episode = AlfworldGames().episode("train", 3)
+    episode = AlfworldGames(workers=0).episode("train", 3)
     assert episode.kind == game.kind == "heat"
     for command in game.plan:
         assert not episode.done
@@ -40,7 +49,7 @@ def test_plan_of_a_game_earns_the_reward():
 
 
 def test_unusable_answer_costs_a_turn_and_is_not_played():
-    task = AlfworldGames(max_turns=3, give_up_after=None)
+    task = AlfworldGames(workers=0, max_turns=3, give_up_after=None)
     episode = task.episode("train", 0)
     first = episode.messages()[0]["content"]
     episode.step("no command at all")
@@ -54,7 +63,7 @@ def test_unusable_answer_costs_a_turn_and_is_not_played():
 
 
 def test_training_gives_up_after_unusable_answers_in_a_row_and_tests_never():
-    task = AlfworldGames(max_turns=6, give_up_after=2)
+    task = AlfworldGames(workers=0, max_turns=6, give_up_after=2)
     training, test = task.episode("train", 0), task.episode("test", 0)
     for command in ("fly", "look", "fly", "fly"):
         training.step(say(command))
@@ -67,15 +76,15 @@ def test_training_gives_up_after_unusable_answers_in_a_row_and_tests_never():
 
 
 def test_history_and_paper_projection_are_settings():
-    episode = AlfworldGames(history=0, projection="paper").episode("train", 0)
+    episode = AlfworldGames(workers=0, history=0, projection="paper").episode("train", 0)
     episode.step("I say <ACTION>LOOK</ACTION>")
     assert episode.invalid_actions == 0
     assert " > " not in episode.messages()[0]["content"]
 
 
 def test_episodes_share_engines_and_give_them_back(monkeypatch):
-    pool, task = EnginePool(), AlfworldGames()
-    monkeypatch.setattr("lsm_lightning.tasks.alfworld.task.engine_pool", lambda: pool)
+    pool, task = EnginePool(), AlfworldGames(workers=0)
+    monkeypatch.setattr("lsm_lightning.tasks.alfworld.running.engine_pool", lambda: pool)
     engines = [pool.acquire(), pool.acquire()]
     for engine in engines:
         pool.release(engine)
@@ -92,7 +101,7 @@ def test_episodes_share_engines_and_give_them_back(monkeypatch):
 
 
 def test_episodes_in_lock_step_do_not_disturb_each_other():
-    task = AlfworldGames()
+    task = AlfworldGames(workers=0)
     games = [generate(0, index) for index in (0, 6)]
     episodes = [task.episode("train", index) for index in (0, 6)]
     for commands in zip(*[game.plan for game in games], strict=False):
@@ -115,6 +124,12 @@ def test_numbers_out_of_range_are_refused(setting):
         AlfworldGames(**{setting: 0})
 
 
+@pytest.mark.parametrize("setting", ["history", "workers"])
+def test_negative_numbers_are_refused(setting):
+    with pytest.raises(ConfigurationError, match=rf"{setting}=-1"):
+        AlfworldGames(**{setting: -1})
+
+
 def instantiate(settings: dict) -> AlfworldGames:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--task", type=Task)
@@ -123,10 +138,58 @@ def instantiate(settings: dict) -> AlfworldGames:
 
 
 def test_own_prompt_comes_from_the_command_line_configuration():
-    task = instantiate({"prompt": {"text": "Do: {task}\n{actions}", "hide": ["help"]}, "max_turns": 4})
+    task = instantiate({"prompt": {"text": "Do: {task}\n{actions}", "hide": ["help"]}, "workers": 0})
     text = task.episode("train", 0).messages()[0]["content"]
     assert text.startswith("Do: put ")
     assert "inventory|look" in text
+
+
+def test_admissible_commands_are_shown_if_the_prompt_has_a_place_for_them():
+    blind = {"text": "{task} {observation}", "short_start": False}
+    shown, hidden = (
+        instantiate({"prompt": prompt, "workers": 0}).episode("train", 0).messages()[0]["content"]
+        for prompt in ("compact", blind)
+    )
+    command = "go to nightstand 1"
+    assert command in shown
+    assert command not in hidden
+    assert "nightstand 1" in hidden, "the start lists the places"
+
+
+@pytest.mark.parametrize("history", [0, 1, 3])
+def test_a_prompt_shows_so_many_earlier_turns(history):
+    episode = instantiate({"history": history, "workers": 0}).episode("test", 0)
+    for turn in range(5):
+        assert episode.messages()[0]["content"].count(" > ") == min(turn, history)
+        episode.step(say("look"))
+
+
+@pytest.mark.parametrize("turns", [1, 4])
+def test_an_episode_ends_after_so_many_turns(turns):
+    episode = instantiate({"max_turns": turns, "workers": 0}).episode("test", 0)
+    for _ in range(turns):
+        assert not episode.done
+        episode.step(say("look"))
+    assert episode.done
+
+
+def test_every_setting_is_explained_on_the_command_line(capsys):
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(AlfworldGames, "task")
+    text = " ".join(parser.format_help().split())
+    for said in ("--task.history", "--task.max_turns", "with the admissible commands or without", "$ALFWORLD_DATA"):
+        assert said in text
+
+
+def test_unusable_answers_are_counted_by_kind():
+    task = AlfworldGames(workers=0, give_up_after=None)
+    episode = task.episode("train", 0)
+    for answer in ("look", say(""), say("Look."), say("fly"), say("fly"), say("go to moon 1"), say("look"), say("fly")):
+        episode.step(answer)
+    expected = {"untagged": 1, "empty": 1, "spelling": 1, "unknown": 2, "repeated": 1, "inadmissible": 1}
+    assert episode.invalid_kinds == expected
+    assert episode.invalid_actions == 7
+    assert set(expected) == set(task.invalid_kinds)
 
 
 def test_unknown_prompt_field_in_a_configuration_is_named():
@@ -154,15 +217,16 @@ def test_folder_of_games_is_played_in_a_new_order_each_time_round(tmp_path):
         write(tmp_path, index)
     task = AlfworldGames(train_games=str(tmp_path), test_games=str(tmp_path), test_size=5)
     task.setup()
-    names = [task.episode("train", index)._game.name for index in range(21)]
+    names = [task._game("train", index).name for index in range(21)]
     rounds = [names[:7], names[7:14], names[14:]]
     assert all(len(set(played)) == 7 for played in rounds)
     assert len({tuple(played) for played in rounds}) == 3
-    assert [task.episode("train", index)._game.name for index in range(21)] == names
+    assert [task._game("train", index).name for index in range(21)] == names
     other = AlfworldGames(train_games=str(tmp_path), seed=1)
-    assert [other.episode("train", index)._game.name for index in range(7)] != rounds[0]
+    other.setup()
+    assert [other._game("train", index).name for index in range(7)] != rounds[0]
     assert task.test_size() == 5
-    assert len({task.episode("test", index)._game.name for index in range(5)}) == 5
+    assert len({task._game("test", index).name for index in range(5)}) == 5
 
 
 def test_game_read_back_from_a_file_plays_alike(tmp_path):
@@ -176,6 +240,28 @@ def test_type_is_read_from_traj_data_before_the_folder_name(tmp_path):
     assert kind_of(path) == "place"
     path.with_name("traj_data.json").write_text(json.dumps({"task_type": "pick_two_obj_and_place"}))
     assert kind_of(path) == "two"
+
+
+def test_a_folder_may_be_named_by_an_environment_variable(tmp_path, monkeypatch):
+    write(tmp_path / "json_2.1.1" / "train", 0)
+    task = AlfworldGames(train_games="$ALFWORLD_DATA/json_2.1.1/train")
+    monkeypatch.delenv("ALFWORLD_DATA", raising=False)
+    with pytest.raises(ConfigurationError, match="ALFWORLD_DATA is not set"):
+        task.setup()
+    monkeypatch.setenv("ALFWORLD_DATA", str(tmp_path))
+    task.setup()
+    assert task._game("train", 0).problem == generate(9, 0).problem
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_translations_are_kept_of_games_in_folders_only(tmp_path, split):
+    folder, cache = tmp_path / "games", tmp_path / "cache"
+    write(folder, 0)
+    settings = {"cache_folder": str(cache), "workers": 0}
+    AlfworldGames(**settings).episode(split, 0).messages()
+    assert not cache.exists()
+    AlfworldGames(**{f"{split}_games": str(folder)}, **settings).episode(split, 0).messages()
+    assert len(list(cache.iterdir())) == 1
 
 
 def test_missing_and_empty_folders_are_refused(tmp_path):
@@ -235,11 +321,12 @@ def test_task_of_an_unknown_type_is_refused(tmp_path):
         find_games(str(tmp_path))
 
 
+@pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("changes", [{"pddl_problem": "(define"}, {"pddl_domain": ""}, {"grammar": "nonsense"}])
-def test_text_the_engine_cannot_load_is_named_when_it_is_played(tmp_path, changes):
+def test_text_the_engine_cannot_load_is_named_when_it_is_played(tmp_path, changes, workers):
     path = write(tmp_path, 0, **changes)
     arguments = sys.argv
-    episode = AlfworldGames(train_games=str(tmp_path)).episode("train", 0)
+    episode = AlfworldGames(train_games=str(tmp_path), workers=workers).episode("train", 0)
     with pytest.raises(ConfigurationError) as error:
         episode.messages()
     assert f"{path}: the engine cannot load this game" in str(error.value)
@@ -272,21 +359,39 @@ def genuine(tmp_path_factory) -> Path:
     return folder
 
 
-def test_stored_plans_of_genuine_games_win(genuine):
-    engine, kinds = Engine(), set()
-    for path in find_games(str(genuine)):
+def assert_won_by_their_plans(paths: Sequence[Path]) -> Counter[str]:
+    """By the paper's prompt and projection, as an episode plays them. Returns how many there were of each type."""
+    kinds: Counter[str] = Counter()
+    for path in paths:
         game = read_game(path)
-        engine.start(ground(game))
-        assert not engine.won
+        task = AlfworldGames(test_games=str(path.parent), prompt="paper", projection="paper", max_turns=50, workers=0)
+        episode = task.episode("test", 0)
         for command in game.plan:
-            engine.act(command)
-        assert engine.won, path
-        kinds.add(game.kind)
-    assert kinds == {"place", "look", "clean", "heat", "cool", "two"}
+            (message,) = episode.messages()
+            assert len(message["content"]) <= LONGEST_PROMPT, path
+            episode.step(say(command))
+        assert (episode.done, episode.reward, episode.invalid_actions) == (True, 1.0, 0), path
+        kinds[game.kind] += 1
+    return kinds
+
+
+def test_stored_plans_of_genuine_games_win(genuine):
+    kinds = assert_won_by_their_plans(find_games(str(genuine)))
+    assert kinds == dict.fromkeys(("place", "look", "clean", "heat", "cool", "two"), 1)
+
+
+@pytest.mark.slow
+def test_stored_plans_of_all_genuine_test_games_win(tmp_path):
+    if not ARCHIVE.is_file():
+        pytest.skip("the archive of genuine games is not there")
+    with tarfile.open(ARCHIVE) as archive:
+        members = [m for m in archive if "/valid_seen/" in m.name and m.name.endswith(FILE_NAME)]
+        archive.extractall(tmp_path, members, filter="data")
+    assert assert_won_by_their_plans(find_games(str(tmp_path))).total() == 140
 
 
 def test_genuine_test_games_are_all_of_the_folder(genuine):
-    task = AlfworldGames(test_games=str(genuine), prompt="paper")
+    task = AlfworldGames(test_games=str(genuine), prompt="paper", workers=1)
     assert task.test_size() == 6
     episode = task.episode("test", 0)
     assert "Your task is to: " in episode.messages()[0]["content"]

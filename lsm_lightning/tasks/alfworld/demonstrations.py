@@ -10,6 +10,7 @@ from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.layout import Kind
 from lsm_lightning.tasks.alfworld.play import Play
 from lsm_lightning.tasks.alfworld.prompts import Pair, PromptTemplate, render
+from lsm_lightning.tasks.alfworld.running import EngineGame
 from lsm_lightning.tasks.alfworld.world import WORLDS, WorldName
 
 MAX_TURNS = 30
@@ -59,7 +60,7 @@ def demonstrations(
             game = generate(seed, index, world)
             share = 0.0 if index % 4 == 0 else random_share
             random = Random(f"demonstrations/{seed}/{index}")
-            yield from _play(Play(engine, ground(game), _HISTORY), game.kind, share, random)
+            yield from _play(Play(EngineGame(engine, ground(game)), _HISTORY), game.kind, share, random)
     finally:
         engine_pool().release(engine)
 

@@ -6,53 +6,45 @@ per game; groundings are shared by all engines that play it. Texts and admissibl
 textworld is patched.
 """
 
-import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 from lsm_lightning.tasks.alfworld import extra
-from lsm_lightning.tasks.alfworld.games import Game
+from lsm_lightning.tasks.alfworld.facts import Facts
+from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.grammar import Scope, TextGrammar, parse_logic
+from lsm_lightning.tasks.alfworld.translation import Translation, TranslationCache, translate
 
 NOTHING_HAPPENS = "Nothing happens."
 """What the engine answers to a command that is not admissible."""
-
-_GROUNDING = threading.Lock()
-"""The translator keeps its options in module globals and swaps `sys.stdout`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Grounding:
     """What depends on the game alone, whoever plays it."""
 
-    task: Any
-    """Fast Downward's task: typed objects, actions, initial facts."""
-    sas: bytes
-    """The same, translated for the planner library."""
+    translation: Translation
     actions: Mapping[str, Any]
     """The commands' templates and feedback rules by lower-case action name."""
     texts: TextGrammar
 
 
-def ground(game: Game) -> Grounding:
-    """Translate a game; takes 0.05 s for a small generated game and 0.4 s for a genuine one.
+def ground(game: Game, kept: TranslationCache | None = None) -> Grounding:
+    """Prepare a game to be played; nearly all of the time goes into its translation.
+
+    Args:
+        game: Which.
+        kept: Where to look for its translation, and to keep it.
 
     Raises:
         Exception, SystemExit: What the translator or the grammar's parser say of a text that is no game.
     """
-    translate = extra.load("fast_downward").pddl2sas
-    with _GROUNDING:
-        arguments = sys.argv  # the translator replaces it and leaves it so
-        try:
-            task, sas = translate(game.domain, game.problem)
-        finally:
-            sys.argv = arguments
-    actions, texts = parse_logic(game.grammar)
-    return Grounding(task, sas.encode(), actions, texts)
+    translation = translate(game) if kept is None else kept.translation(game)
+    return Grounding(translation, *parse_logic(game.grammar))
 
 
 class Engine:
@@ -73,6 +65,7 @@ class Engine:
         """Begin a game, or begin it again; returns the first text, in which alone the task sentence stands."""
         self._texts = grounding.texts
         self._state = _initial_state(self._library, grounding)
+        self._facts = Facts(self._state)
         self._entities = _entities(self._state)
         self._look_around()
         return self._texts.derive("#intro#", self._scope({}))
@@ -82,7 +75,7 @@ class Engine:
         action = self._valid.get(command.strip())
         if action is None:
             return NOTHING_HAPPENS
-        self._state.apply(action)
+        self._facts.changed(self._state.apply(action))
         text = self._texts.derive(action.feedback_rule, self._scope(action.mapping))
         self._look_around()
         return text
@@ -96,26 +89,30 @@ class Engine:
 
     def _scope(self, mapping: Mapping[Any, Any]) -> Scope:
         named = {placeholder.name: self._entities[variable.name] for placeholder, variable in mapping.items()}
-        return Scope(self._state, self._entities, named, mapping)
+        return Scope(self._facts, self._entities, named, mapping)
 
 
 def _initial_state(library: Any, grounding: Grounding) -> Any:
-    """What `PddlState.__init__` builds, without grounding again."""
+    """What `PddlState.__init__` builds, without translating again."""
     logic, textworld = extra.load("textworld.envs.pddl.logic"), extra.load("textworld.logic")
+    translation = grounding.translation
     rules = textworld.GameLogic()
     known = set()
-    for kind in grounding.task.types:
-        if kind.name not in known:  # "object" is a type of the domain and of every domain
-            rules.types.add(textworld.Type(kind.name, kind.supertype_names))
-            known.add(kind.name)
+    for name, *supertypes in translation.types:
+        if name not in known:  # "object" is a type of the domain and of every domain
+            rules.types.add(textworld.Type(name, supertypes))
+            known.add(name)
     rules.actions = grounding.actions
     state = logic.PddlState.__new__(logic.PddlState)
     textworld.State.__init__(state, rules)
     state.downward_lib = library
-    state._actions = {action.name: action for action in grounding.task.actions}
-    state.name2type = {thing.name: thing.type_name for thing in grounding.task.objects}
-    library.load_sas(grounding.sas)
-    state.add_facts(_constant_facts(grounding.task, state.name2type))
+    state._actions = _signatures(translation)
+    state.name2type = translation.objects
+    library.load_sas(translation.sas.encode())
+    things = {name: textworld.Variable(name, kind) for name, kind in translation.objects.items()}
+    state.add_facts(
+        textworld.Proposition(predicate, [things[name] for name in names]) for predicate, *names in translation.facts
+    )
     atoms = (logic.Atom * library.get_state_size())()
     library.get_state(atoms)
     facts = (atom.get_fact(state.name2type) for atom in atoms)
@@ -123,13 +120,12 @@ def _initial_state(library: Any, grounding: Grounding) -> Any:
     return state
 
 
-def _constant_facts(task: Any, types: Mapping[str, str]) -> list[Any]:
-    textworld, conditions = extra.load("textworld.logic"), extra.load("fast_downward").translate.pddl.conditions
-    return [
-        textworld.Proposition(atom.predicate, [textworld.Variable(name, types[name]) for name in atom.args])
-        for atom in task.init
-        if isinstance(atom, conditions.Atom) and atom.predicate != "="
-    ]
+def _signatures(translation: Translation) -> dict[str, Any]:
+    """Of each action what `PddlState` reads of Fast Downward's own: its parameters."""
+    return {
+        action: SimpleNamespace(parameters=[SimpleNamespace(name=name, type_name=kind) for name, kind in parameters])
+        for action, parameters in translation.parameters.items()
+    }
 
 
 def _entities(state: Any) -> dict[str, Any]:
@@ -147,10 +143,10 @@ class EnginePool:
     """Idle engines and recent groundings, for all episodes of a process.
 
     Args:
-        groundings: How many games stay translated (0.5 MB each for a genuine game).
+        groundings: How many games stay grounded (0.5 MB each for a genuine game).
     """
 
-    def __init__(self, groundings: int = 64) -> None:
+    def __init__(self, groundings: int = 128) -> None:
         self._size = groundings
         self._groundings: OrderedDict[Game, Grounding] = OrderedDict()
         self._idle: list[Engine] = []
@@ -163,9 +159,9 @@ class EnginePool:
         """Give an engine back, whatever state its game is in."""
         self._idle.append(engine)
 
-    def grounding(self, game: Game) -> Grounding:
-        """The game's translation, from the cache if it was played recently."""
-        found = self._groundings.pop(game, None) or ground(game)
+    def grounding(self, game: Game, kept: TranslationCache | None = None) -> Grounding:
+        """The game's grounding, from memory if it was played recently; `kept` as for `ground`."""
+        found = self._groundings.pop(game, None) or ground(game, kept)
         self._groundings[game] = found
         if len(self._groundings) > self._size:
             self._groundings.popitem(last=False)

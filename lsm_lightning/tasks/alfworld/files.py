@@ -1,13 +1,15 @@
 """Genuine games: folders with `game.tw-pddl` files, as ALFWorld's download has them."""
 
 import json
+import os
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.tasks.alfworld.games import Game
+from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.layout import TASK_TYPES, Kind
 
 FILE_NAME = "game.tw-pddl"
@@ -21,14 +23,21 @@ _SKIPPED = ("movable", "Sliced")
 def find_games(folder: str) -> Sequence[Path]:
     """All playable games below a folder, sorted by path; each file is read once to check it.
 
+    The folder may hold `~` and environment variables.
+
     As alfworld does, games marked unsolvable and tasks with movable receptacles or slicing are left out; a warning says
     how many games are unsolvable.
 
     Raises:
         ConfigurationError: The folder does not exist or holds no game, or a file is none; with path and reason.
     """
-    root = Path(folder).expanduser()
+    root = expanded(folder)
     if not root.is_dir():
+        if unset := re.search(r"\$\{?(\w+)", str(root)):
+            raise ConfigurationError(
+                f"ALFWorld games: {folder}: the environment variable {unset[1]} is not set; set it to the folder that "
+                "holds json_2.1.1, or name a folder"
+            )
         raise ConfigurationError(f"ALFWorld games: {root} is no folder; name one with {FILE_NAME} files below it")
     playable: list[Path] = []
     unsolvable: list[Path] = []
@@ -41,6 +50,11 @@ def find_games(folder: str) -> Sequence[Path]:
     if unsolvable:
         warnings.warn(f"ALFWorld games below {root}: left out {note}", stacklevel=2)
     return playable
+
+
+def expanded(folder: str) -> Path:
+    """A folder as a setting names it: with `~` and environment variables."""
+    return Path(os.path.expandvars(folder)).expanduser()
 
 
 def read_game(path: Path) -> Game:

@@ -5,14 +5,13 @@ copied here. What the engine asks of a problem text is gathered in `_Problem`.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from random import Random
-from typing import Any
 
 from lsm_lightning.tasks.alfworld import extra
-from lsm_lightning.tasks.alfworld.layout import APPLIANCES, KINDS, TASK_TYPES, Kind, Layout, Thing, draw, openable
+from lsm_lightning.tasks.alfworld.game import Game
+from lsm_lightning.tasks.alfworld.layout import APPLIANCES, KINDS, TASK_TYPES, Layout, Thing, draw, openable
 from lsm_lightning.tasks.alfworld.world import LAMP, OBJECTS, WORLDS, WorldName, fits
 from lsm_lightning.tasks.base import Split
 
@@ -21,30 +20,6 @@ HELD_OUT = 4
 
 _UNDECLARED = {"rtype": ("SinkBasin", "Microwave", "Fridge"), "otype": ("Knife", "ButterKnife")}
 """Constants that ALFWorld's domain uses without declaring them; each problem has to."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Game:
-    """One game, as a `game.tw-pddl` file holds it."""
-
-    name: str
-    """Where it is from, for messages: its path, or the folder a generated game would have."""
-    kind: Kind
-    domain: str
-    grammar: str
-    problem: str
-    plan: Sequence[str]
-    """Commands that win it from the start."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The five keys of a `game.tw-pddl` file."""
-        return {
-            "pddl_domain": self.domain,
-            "grammar": self.grammar,
-            "pddl_problem": self.problem,
-            "walkthrough": list(self.plan),
-            "solvable": True,
-        }
 
 
 def generate(seed: int, index: int, world: WorldName = "mini", split: Split = "train") -> Game:

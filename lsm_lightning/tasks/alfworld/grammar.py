@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 from typing import Any, TypeAlias
 
 from lsm_lightning.tasks.alfworld import extra
+from lsm_lightning.tasks.alfworld.facts import Facts
 
 Item: TypeAlias = "tuple[Any, Scope]"
 """A symbol of textworld's grammar, still to be derived, and where its names are looked up."""
@@ -28,8 +29,8 @@ _TASK_RULE = re.compile(r'"rhs": ("Your task is to: (?:[^"\\]|\\.)*")')
 class Scope:
     """What the names in a text stand for."""
 
-    state: Any
-    """textworld's state: the facts that hold now."""
+    facts: Facts
+    """What holds now."""
     entities: Mapping[str, Any]
     """textworld's entity infos by id: how each thing is called."""
     variables: Mapping[str, Any]
@@ -39,16 +40,15 @@ class Scope:
 
     def matches(self, condition: str) -> list["Scope"]:
         """One scope for each way in which the condition holds, in textworld's order."""
-        found = self.state.all_assignments(_query(condition), self.mapping)
-        return [self._extended(dict(mapping)) for mapping in found]
+        return [self._extended(mapping) for mapping in self.facts.assignments(_query(condition), self.mapping)]
 
     def holds(self, condition: str | None) -> bool:
         """Whether there is any such way; no condition holds always."""
-        return not condition or any(True for _ in self.state.all_assignments(_query(condition), self.mapping))
+        return not condition or any(True for _ in self.facts.assignments(_query(condition), self.mapping))
 
     def _extended(self, mapping: Mapping[Any, Any]) -> "Scope":
         named = {placeholder.name: self.entities[variable.name] for placeholder, variable in mapping.items()}
-        return Scope(self.state, self.entities, {**self.variables, **named}, {**self.mapping, **mapping})
+        return Scope(self.facts, self.entities, {**self.variables, **named}, mapping)
 
 
 class TextGrammar:

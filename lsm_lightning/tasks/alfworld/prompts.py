@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 from lsm_lightning.errors import ConfigurationError
 
@@ -30,7 +30,7 @@ class PromptTemplate:
     Args:
         text: The prompt. Fields: `{task}` (the task sentence), `{step}` (number of this turn, from 1), `{taken}`
             (commands given so far), `{history}` (the last pairs), `{shown}` (how many pairs that is), `{observation}`
-            and `{actions}`.
+            and `{actions}` (the admissible commands; a template without it does not show them).
         first: The prompt of the first turn, with the same fields; null is `text`.
         pair: One pair of the history. Fields: `{step}` (the turn it was), `{observation}`, `{action}`.
         pair_separator: What stands between two pairs.
@@ -38,7 +38,7 @@ class PromptTemplate:
         action_separator: What stands between two commands.
         hide: Commands not shown; they are played all the same.
         short_start: Show the observation of the first turn without the list of receptacles and the task sentence: what
-            it lists stands in the admissible commands too.
+            it lists stands in the admissible commands too. Use false if those are not shown.
     """
 
     text: str = "{task}\n{history}{observation}\n{actions}"
@@ -145,29 +145,41 @@ def _shown(template: PromptTemplate, observation: str) -> str:
     return _START if template.short_start and _START in observation else observation.strip()
 
 
-def strict_projection(answer: str) -> str:
+class Projected(NamedTuple):
+    """What an answer comes down to."""
+
+    command: str
+    tagged: bool
+    """Whether it stood between `<action>` and `</action>`."""
+
+
+def strict_projection(answer: str) -> Projected:
     """The text of the last complete `<action>...</action>` after the last `</think>`; empty if there is none.
 
-    >>> strict_projection("<think>or <action>look</action>?</think><action> open fridge 1 </action>")
+    >>> strict_projection("<think>or <action>look</action>?</think><action> open fridge 1 </action>").command
     'open fridge 1'
     """
     found = re.findall(r"<action>((?:(?!<action>).)*?)</action>", answer.rpartition("</think>")[2], re.DOTALL)
-    return found[-1].strip() if found else ""
+    return Projected(found[-1].strip() if found else "", tagged=bool(found))
 
 
-def paper_projection(answer: str) -> str:
+def paper_projection(answer: str) -> Projected:
     """As the paper's code does: in lower case, first `<action>` to first `</action>`, else the last 30 characters.
 
-    Whether the answer kept to the format (the paper's code notes that, and plays the command all the same) is not told.
+    Whether there was any thinking (the paper's code notes that, and plays the command all the same) is not told.
 
-    >>> paper_projection("<think>no</think><action>Open fridge 1</action>"), paper_projection("Open it!")
-    ('open fridge 1', 'open it!')
+    >>> paper_projection("<think>no</think><action>Open fridge 1</action>").command
+    'open fridge 1'
+    >>> paper_projection("Open it!")
+    Projected(command='open it!', tagged=False)
     """
     text = answer.lower()
     start, end = text.find("<action>"), text.find("</action>")
     if start < 0 or end < 0:
-        return text[-30:]
-    return text[start + len("<action>") : end].strip()
+        return Projected(text[-30:], tagged=False)
+    return Projected(text[start + len("<action>") : end].strip(), tagged=True)
 
 
-PROJECTIONS: Mapping[ProjectionName, Callable[[str], str]] = {"strict": strict_projection, "paper": paper_projection}
+Projection: TypeAlias = Callable[[str], Projected]
+
+PROJECTIONS: Mapping[ProjectionName, Projection] = {"strict": strict_projection, "paper": paper_projection}
