@@ -25,7 +25,7 @@ from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
 from lsm_lightning.export import write_student
-from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
+from lsm_lightning.masks import LossMask, MaskPolicy, kept, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.head import check_head
@@ -292,7 +292,7 @@ class OnPolicyDistillation(LightningModule):
             support = teacher.score(turns, added)
         with _timed(seconds, "mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
-            keep = self._kept(mask, support)
+            keep = kept(mask, support, sampled=self.objective.compares_sampled)
         with _timed(seconds, "update"):
             totals, gradient_norm = self.update(
                 batch.task, turns, support, keep, groups, done=lambda: self._advance(batch)
@@ -318,10 +318,6 @@ class OnPolicyDistillation(LightningModule):
         if k := self.objective.student_tokens:
             added.append(student_top_tokens(self.student, turns, k, groups=groups, packed=self.packing))
         return torch.cat(added, -1)
-
-    def _kept(self, mask: LossMask, support: Support) -> Bool[Tensor, " n"]:
-        keep = mask.keep.to(self.device) & support.comparable
-        return keep & support.alike if self.objective.compares_sampled else keep
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
@@ -447,6 +443,9 @@ class OnPolicyDistillation(LightningModule):
         """Measure the student on a task's test split."""
         score = self.evaluate(batch.task)
         self.log_dict({f"{batch.task}/eval/{name}": value for name, value in score.items()}, batch_size=1)
+
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """Nothing: the command `probe` has Lightning set up what a prediction needs, and looks before it begins."""
 
     def evaluate(
         self,
