@@ -89,7 +89,7 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
         # Before the summary, which may evaluate for long.
-        parser.add_lightning_class_args(Probe, "probe")
+        parser.add_lightning_class_args(Probe, "probing")
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -249,11 +249,11 @@ problems of each task, the teachers score them, and for each task is printed
   - which of the student's tokens the loss would leave out, and why;
   - a prompt and its answers.
 The exit status is 0 if a run can start, and 2 if it would be for nothing. Nothing is trained or written. The same is
-done at the start of every fit, on --probe.texts answers, and told in a line a task.
+done at the start of every fit, on --probing.texts answers, and told in a line a task.
 
 for example
   python -m lsm_lightning probe --config configs/quickstart.yaml
-  python -m lsm_lightning probe --config my.yaml --probe.texts 16 --ckpt_path last"""
+  python -m lsm_lightning probe --config my.yaml --probing.texts 16 --ckpt_path last"""
 
 
 EXPORT = """\

@@ -444,8 +444,9 @@ class OnPolicyDistillation(LightningModule):
         score = self.evaluate(batch.task)
         self.log_dict({f"{batch.task}/eval/{name}": value for name, value in score.items()}, batch_size=1)
 
-    def predict_step(self, batch: StepBatch, batch_idx: int) -> None:
-        """Nothing: the command `probe` has Lightning set up what a prediction needs, and looks before it begins."""
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> str:
+        """The task's name, and no more: the command `probe` has Lightning set up a prediction, and looks before it."""
+        return batch.task
 
     def evaluate(
         self,

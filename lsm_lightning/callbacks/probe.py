@@ -57,7 +57,7 @@ class Probe(Callback):
             ConfigurationError: A run would be for nothing.
         """
         if not self.texts:
-            raise ConfigurationError("--probe.texts=0: there is nothing to look at; use at least 1.")
+            raise ConfigurationError("--probing.texts=0: there is nothing to look at; use at least 1.")
         probes = self._probes(trainer, pl_module)
         if trainer.is_global_zero:
             show(probes, console())
@@ -100,5 +100,5 @@ class Probe(Callback):
         (name, finding), *others = found
         more = f" There are {len(others)} more: see the command probe." if others else ""
         raise ConfigurationError(
-            f"Task '{name}', {finding.check}: {finding}{more} (--probe.refuse false goes on all the same.)"
+            f"Task '{name}', {finding.check}: {finding}{more} (--probing.refuse false goes on all the same.)"
         )

@@ -18,7 +18,6 @@ from lsm_lightning.probing.answers import Played, in_students_tokens, openings, 
 from lsm_lightning.probing.finding import Finding, Verdict, ok, warning
 from lsm_lightning.probing.masked import Masked, check_kept, masked
 from lsm_lightning.probing.scores import (
-    Scored,
     check_count,
     check_ending,
     check_order,
@@ -119,13 +118,13 @@ class _Written:
     """The teacher's, in its tokens."""
     read: list[Turn]
     """The same in the student's."""
-    mixed: list[Turn]
-    """The same with their tokens shuffled."""
+    jumbled: tuple[list[Turn], list[Turn]]
+    """Those of the student and of the teacher, in the student's tokens, shuffled."""
 
     @property
-    def groups(self) -> tuple[list[Turn], list[Turn], list[Turn]]:
+    def groups(self) -> tuple[list[Turn], ...]:
         """What the teacher scores."""
-        return self.students.turns, self.read, self.mixed
+        return self.students.turns, self.read, *self.jumbled
 
 
 def probe_task(probing: Probing, *, leads: bool, broadcast: Callable[[Any], Any]) -> TaskProbe:
@@ -143,19 +142,20 @@ def probe_task(probing: Probing, *, leads: bool, broadcast: Callable[[Any], Any]
         ConfigurationError: A side cannot write or score at all.
     """
     started = time.perf_counter()
+    report = probing.teacher.pair.report()
     writer = probing.teacher.player(Sampling(temperature=0.0)) if probing.teacher_writes else None
     findings: list[Finding] = []
     written: _Written | None = None
     failed: ConfigurationError | None = None
     if leads:
         try:
-            findings, written = _prepared(probing, writer)
+            findings, written = _prepared(probing, writer, report)
         except ConfigurationError as error:
             failed = error
     failed, goes_on = broadcast((failed, written is not None))
     if failed is not None:
         raise failed
-    probe = TaskProbe(name=probing.name, report=probing.teacher.pair.report(), findings=findings)
+    probe = TaskProbe(name=probing.name, report=report, findings=findings)
     if goes_on:
         # One call for all, so that processes that share a teacher go through it equally often.
         turns = [] if written is None else [turn for group in written.groups for turn in group]
@@ -166,13 +166,13 @@ def probe_task(probing: Probing, *, leads: bool, broadcast: Callable[[Any], Any]
     return broadcast(replace(probe, seconds=time.perf_counter() - started))
 
 
-def _prepared(probing: Probing, writer: Player | None) -> tuple[list[Finding], _Written | None]:
+def _prepared(probing: Probing, writer: Player | None, report: Report) -> tuple[list[Finding], _Written | None]:
     """What can be told before anything is written, and then what is written; None where that would be for nothing."""
     try:
         conversations = openings(probing.task, probing.indices)
     except ConfigurationError as error:
         raise ConfigurationError(f"Task '{probing.name}': {error}") from error
-    findings = [_check_tokenizers(probing)]
+    findings = [_check_tokenizers(probing, report)]
     findings.append(check_template("student", probing.student.tokenizer, conversations))
     findings.append(check_template("teacher", probing.teacher.tokenizer, conversations))
     if not _any_refused(findings):
@@ -208,19 +208,20 @@ def _write(probing: Probing, writer: Player | None) -> _Written:
             seed=probing.seed,
         )
 
+    def jumbled(turns: Sequence[Turn]) -> list[Turn]:
+        mixed = [shuffled(turn, seed_of(probing.seed, "shuffled", number)) for number, turn in enumerate(turns)]
+        return [turn for turn in mixed if turn is not None]
+
     students = played(probing.student)
-    if writer is None:
-        return _Written(students=students, own=Played(turns=[], rewards=[]), read=[], mixed=[])
-    own = played(writer)
+    own = Played(turns=[], rewards=[]) if writer is None else played(writer)
     read = in_students_tokens(
         own.turns,
         probing.teacher.pair,
         probing.student.tokenizer,
         respell=probing.respell,
-        turn_end=writer.turn_end,
+        turn_end=frozenset() if writer is None else writer.turn_end,
     )
-    mixed = [shuffled(turn, seed_of(probing.seed, "shuffled", number)) for number, turn in enumerate(read)]
-    return _Written(students=students, own=own, read=read, mixed=[turn for turn in mixed if turn is not None])
+    return _Written(students=students, own=own, read=read, jumbled=(jumbled(students.turns), jumbled(read)))
 
 
 def _judged(
@@ -228,14 +229,14 @@ def _judged(
 ) -> TaskProbe:
     """The findings that follow from what was written and how the teacher scored it."""
     pair, tokens = probing.teacher.pair, probing.objective.teacher_tokens
-    students, own, mixed = split(support, *written.groups)
+    students, own, students_jumbled, own_jumbled = split(support, *written.groups)
     mask = loss_mask(pair, students.turns, probing.mask)
     keep = kept(mask, students.support, sampled=probing.objective.compares_sampled)
     ending = {"new": probing.new, "cut": probing.new < probing.task.max_new_tokens}
     found = [
-        check_sums(Scored(turns=students.turns, support=students.support), tokens),
+        check_sums(students, tokens),
         check_count(students.support, tokens),
-        check_sense(students, keep, pair),
+        check_sense(students, students_jumbled, keep, pair),
         check_ending("student", students.turns, probing.student.turn_end, pair.student, pair.tags, **ending),
     ]
     if writer is not None:
@@ -243,7 +244,7 @@ def _judged(
         found += [
             check_ending("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags, **ending),
             check_writing(written.own.turns, reading, own, writer.turn_end),
-            check_order(own, mixed),
+            check_order(own, own_jumbled),
             check_taught_end(own, pair, probing.mask),
         ]
     found.append(check_kept(keep.cpu().numpy(), students.support, probing.mask, tokens))
@@ -264,9 +265,9 @@ def _text_of(turn: Turn) -> str:
     return turn.prompt.messages[-1]["content"]
 
 
-def _check_tokenizers(probing: Probing) -> Finding:
+def _check_tokenizers(probing: Probing, report: Report) -> Finding:
     """How the two tokenizers differ, and whether the mask copes with it."""
-    check, report = "tokenizers", probing.teacher.pair.report()
+    check = "tokenizers"
     text = f"{report.relation.value}, {report.shared:.1%} of the student's tokens exist in the teacher"
     if probing.respell:
         if report.shared < FEW_SHARED:

@@ -25,6 +25,8 @@ APART_ROUNDED, APART_WRONG = 0.03, 0.1
 """Nats a token between scoring and writing; two kernels in half precision are some 0.01 apart."""
 SAME_MODEL = 0.002
 """Nats a token between student and teacher, below which they are taken for one model."""
+SENSE = 1.0
+"""Nats a token that a text has to be more probable than its tokens in another order, to make any sense."""
 SURE = math.log(0.5)
 LEAST_END = 0.05
 """A greedy answer ends where an end is what is most probable."""
@@ -78,7 +80,7 @@ def check_sums(scored: Scored, tokens: int | None) -> Finding:
         return refused(check, f"A token's own is {apart:.2g} nats from that among the top tokens, on average", NATURAL)
     sums = members.exp().sum(-1)
     if tokens == 0 or not sums.numel():
-        return unknown(check, "The objective asks for no top tokens, so there is nothing to sum up")
+        return ok(check, "The objective asks for those of sampled tokens only, and none is above 0")
     if float(sums.max()) > SUM_WRONG:
         return refused(check, f"Probabilities sum to {float(sums.max()):.3g} at a position", NATURAL)
     whole = sums + support.lost[support.comparable].double()
@@ -109,7 +111,7 @@ def check_count(support: Support, tokens: int | None) -> Finding:
     """As many top tokens arrive as were asked for."""
     check = "top tokens"
     if not tokens:
-        return unknown(check, "The objective asks for none" if tokens == 0 else "The objective asks for all")
+        return ok(check, "The objective asks for none" if tokens == 0 else "The objective asks for all")
     rows = support.log_probs[support.comparable]
     most = int((rows > -torch.inf).sum(-1).max()) if len(rows) else 0
     if len(rows) and most < tokens and float(support.lost[support.comparable].max()) == 0:
@@ -118,7 +120,7 @@ def check_count(support: Support, tokens: int | None) -> Finding:
             f"{tokens} were asked for, and {most} came",
             f"Lower model.objective.init_args.k to {most}, or let the teacher answer with more.",
         )
-    return ok(check, f"{tokens} were asked for, up to {most} came")
+    return ok(check, f"{tokens} were asked for, and {'as many' if most >= tokens else f'up to {most} known ones'} came")
 
 
 def check_writing(written: Sequence[Turn], reading: Reading, own: Scored, turn_end: AbstractSet[int]) -> Finding:
@@ -147,11 +149,11 @@ def check_writing(written: Sequence[Turn], reading: Reading, own: Scored, turn_e
     if not apart:
         return unknown(check, "None of the tokens of its own answers is read by it as it wrote it")
     size, shift = float(np.abs(apart).mean()), float(np.mean(apart))
-    text = f"Scoring its own answers, it is {size:.2g} nats a token from what it wrote them with ({len(apart)} tokens)"
+    text = f"Scoring its own answers, it is {size:.4f} nats a token from what it wrote them with ({len(apart)} tokens)"
     if not size <= APART_WRONG:
         return refused(
             check,
-            f"{text}, {abs(shift):.2g} {'lower' if shift < 0 else 'higher'} on average",
+            f"{text}, {abs(shift):.2f} {'lower' if shift < 0 else 'higher'} on average",
             "Its log-probs must be raw (temperature 1, no penalties), and its weights, tokenizer and chat template one "
             "model's on both ways.",
         )
@@ -179,8 +181,15 @@ def check_order(own: Scored, mixed: Scored) -> Finding:
     return ok(check, f"{text}: {right - wrong:.2f} more")
 
 
-def check_sense(students: Scored, keep: Bool[Tensor, " n"], pair: Pair) -> Finding:
-    """A teacher finds what a student is sure of better than chance does, and is not that student itself."""
+def check_sense(students: Scored, jumbled: Scored, keep: Bool[Tensor, " n"], pair: Pair) -> Finding:
+    """A teacher sees some sense in what a student is sure of, and is not that student itself.
+
+    Args:
+        students: The student's answers.
+        jumbled: The same with their tokens shuffled.
+        keep: Which of their positions count.
+        pair: Student and teacher.
+    """
     check = "student's answers"
     here = students.support.alike & keep
     if not bool(here.any()):
@@ -188,20 +197,24 @@ def check_sense(students: Scored, keep: Bool[Tensor, " n"], pair: Pair) -> Findi
     theirs = students.support.sampled[here].double()
     values = [value for turn in students.turns for value in turn.completion.log_probs]
     ours = torch.tensor(values, dtype=torch.float64, device=theirs.device)[here]
-    chance = -math.log(pair.teacher.known)
-    text = f"{float(theirs.mean()):.2f} nats a token, by the student itself {float(ours.mean()):.2f}"
+    chance, shuffled = -math.log(pair.teacher.known), jumbled.mean()
+    text = (
+        f"{float(theirs.mean()):.2f} nats a token, {shuffled:.2f} shuffled, {chance:.2f} by chance; "
+        f"by the student itself {float(ours.mean()):.2f}"
+    )
     if float((theirs - ours).abs().mean()) < SAME_MODEL:
         return warning(
             check,
             f"{text}: student and teacher give the same probabilities",
             "There is nothing to learn from oneself: check model.student and the teacher's path.",
         )
-    if float(theirs.mean()) < chance and float(ours.mean()) > chance / 2:
+    senseless = float(theirs.mean()) < min(chance, shuffled + SENSE)
+    if senseless and float(ours.mean()) > chance / 2:
         return refused(
             check,
-            f"{text}; chance is {chance:.2f}",
-            "The teacher finds none of it likely: its weights and its tokenizer do not belong together, or the mask "
-            "lets it read what it cannot.",
+            text,
+            "The teacher sees no sense in them: its weights and its tokenizer do not belong together, or the mask lets "
+            "it read what it cannot.",
         )
     return ok(check, text)
 
@@ -245,7 +258,7 @@ def check_ending(
         )
     text = f"None of {len(turns)} answers ended within {new} tokens, by {names}"
     if cut:
-        return unknown(check, text, "Give the probe more by --probe.tokens.")
+        return unknown(check, text, "Give the probe more by --probing.tokens.")
     return warning(check, text, f"Raise the task's max_new_tokens, if the {side} needs longer.")
 
 

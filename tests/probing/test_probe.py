@@ -187,11 +187,11 @@ def of_context(tokens: int) -> Callable[[PreTrainedModel], None]:
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
-@pytest.mark.parametrize("tokens", [90, 200])
+@pytest.mark.parametrize("tokens", [70, 200])
 def test_a_context_that_is_too_short_is_refused(tmp_path, side, tokens):
     folder = str(copied({"student": "student", "teacher": "math-teacher"}[side], tmp_path / "m", of_context(tokens)))
     probe = probed(student=folder) if side == "student" else probed(folder)
-    if tokens == 90:
+    if tokens == 70:
         asserted_refusal(probe, f"{side}'s context", "max_new_tokens=64", f"context of {tokens} tokens")
     else:
         assert verdicts(probe)[f"{side}'s context"] == "ok"
