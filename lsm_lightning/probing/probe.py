@@ -235,7 +235,7 @@ def _judged(
     ending = {"new": probing.new, "cut": probing.new < probing.task.max_new_tokens}
     found = [
         check_sums(students, tokens),
-        check_count(students.support, tokens),
+        check_count(students.support, tokens, pair),
         check_sense(students, students_jumbled, keep, pair),
         check_ending("student", students.turns, probing.student.turn_end, pair.student, pair.tags, **ending),
     ]

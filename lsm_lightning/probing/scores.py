@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lsm_lightning.batching import spans
@@ -21,10 +22,14 @@ from tokenalign.vocabulary import Vocabulary
 
 SUM_ROUNDED, SUM_WRONG = 1.01, 1.05
 """A sum of probabilities may exceed 1 by the rounding of half precision."""
-APART_ROUNDED, APART_WRONG = 0.03, 0.1
-"""Nats a token between scoring and writing; two kernels in half precision are some 0.01 apart."""
-SAME_MODEL = 0.002
-"""Nats a token between student and teacher, below which they are taken for one model."""
+TOLD_TWICE = 0.1
+"""Nats between two places where a token's log-prob stands."""
+APART_ROUNDED, APART_WRONG = 0.2, 0.5
+"""Between scoring and writing, as a share of what is told: logits of half precision make up to a tenth."""
+FLOOR = 0.0001
+"""Nats a token that are nothing, whatever their share."""
+SAME_MODEL = 0.02
+"""Between student and teacher, as a share of what is told, below which they are taken for one model."""
 SENSE = 1.0
 """Nats a token that a text has to be more probable than its tokens in another order, to make any sense."""
 SURE = math.log(0.5)
@@ -76,7 +81,7 @@ def check_sums(scored: Scored, tokens: int | None) -> Finding:
     largest = max([float(values.max()) for values in (members, sampled) if values.numel()], default=-math.inf)
     if largest > math.log(SUM_WRONG):
         return refused(check, f"One is {largest:.3g}, more than a log-prob can be", NATURAL)
-    if (apart := _two_places_apart(scored)) > APART_WRONG:
+    if (apart := _two_places_apart(scored)) > TOLD_TWICE:
         return refused(check, f"A token's own is {apart:.2g} nats from that among the top tokens, on average", NATURAL)
     sums = members.exp().sum(-1)
     if tokens == 0 or not sums.numel():
@@ -107,14 +112,15 @@ def _two_places_apart(scored: Scored) -> float:
     return float((as_member - support.sampled[place]).double().abs().mean())
 
 
-def check_count(support: Support, tokens: int | None) -> Finding:
-    """As many top tokens arrive as were asked for."""
+def check_count(support: Support, tokens: int | None, pair: Pair) -> Finding:
+    """As many top tokens arrive as were asked for, but for those that the student lacks."""
     check = "top tokens"
     if not tokens:
         return ok(check, "The objective asks for none" if tokens == 0 else "The objective asks for all")
     rows = support.log_probs[support.comparable]
     most = int((rows > -torch.inf).sum(-1).max()) if len(rows) else 0
-    if len(rows) and most < tokens and float(support.lost[support.comparable].max()) == 0:
+    lacking = int((pair.vocab.to_student[: pair.teacher.known] < 0).sum())
+    if len(rows) and most < tokens - lacking:
         return refused(
             check,
             f"{tokens} were asked for, and {most} came",
@@ -135,31 +141,51 @@ def check_writing(written: Sequence[Turn], reading: Reading, own: Scored, turn_e
         turn_end: Its own; an end is scored together with all others.
     """
     check = "scoring"
-    apart: list[float] = []
+    scored: list[float] = []
+    told: list[float] = []
     places = spans([len(turn.completion.ids) for turn in own.turns])
     sampled, alike = own.support.sampled.tolist(), own.support.alike.tolist()
     for turn, response, position, place in zip(written, reading.responses, reading.position, places, strict=True):
-        ids, log_probs = turn.completion.ids, turn.completion.log_probs
-        same = next(
-            (n for n, (a, b) in enumerate(zip(ids, response, strict=False)) if a != b), min(len(ids), len(response))
-        )
+        ids = turn.completion.ids
+        same = _common(ids, response)
         for row, theirs in zip(place, position.tolist(), strict=True):
             if 0 <= theirs < same and alike[row] and ids[theirs] not in turn_end:
-                apart.append(sampled[row] - log_probs[theirs])
-    if not apart:
+                scored.append(sampled[row])
+                told.append(turn.completion.log_probs[theirs])
+    if not scored:
         return unknown(check, "None of the tokens of its own answers is read by it as it wrote it")
-    size, shift = float(np.abs(apart).mean()), float(np.mean(apart))
-    text = f"Scoring its own answers, it is {size:.4f} nats a token from what it wrote them with ({len(apart)} tokens)"
-    if not size <= APART_WRONG:
+    scoring, writing = np.array(scored), np.array(told)
+    share = _apart(scoring, writing)
+    text = (
+        f"Its own answers have {scoring.mean():.4f} nats a token when it scores them, and {writing.mean():.4f} when it "
+        f"writes them ({len(scored)} tokens)"
+    )
+    if not share <= APART_WRONG:
         return refused(
             check,
-            f"{text}, {abs(shift):.2f} {'lower' if shift < 0 else 'higher'} on average",
+            text,
             "Its log-probs must be raw (temperature 1, no penalties), and its weights, tokenizer and chat template one "
             "model's on both ways.",
         )
-    if size > APART_ROUNDED:
+    if share > APART_ROUNDED:
         return warning(check, text, "Set its dtype to float32, or see whether rounding explains it.")
     return ok(check, text)
+
+
+def _common(ids: Sequence[int], others: Sequence[int]) -> int:
+    """How many of the first tokens agree."""
+    return next(
+        (n for n, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), min(len(ids), len(others))
+    )
+
+
+def _apart(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> float:
+    """How far log-probs of the same tokens are apart, as a share of the smaller surprise.
+
+    Where a model is sure, another temperature moves next to nothing, but a multiple of that.
+    """
+    told = min(-ours.sum(), -theirs.sum())
+    return float(np.abs(ours - theirs).sum() / (told + FLOOR * len(ours)))
 
 
 # ---- sense ----------------------------------------------------------------------------------------------------------
@@ -202,7 +228,7 @@ def check_sense(students: Scored, jumbled: Scored, keep: Bool[Tensor, " n"], pai
         f"{float(theirs.mean()):.2f} nats a token, {shuffled:.2f} shuffled, {chance:.2f} by chance; "
         f"by the student itself {float(ours.mean()):.2f}"
     )
-    if float((theirs - ours).abs().mean()) < SAME_MODEL:
+    if _apart(ours.cpu().numpy(), theirs.cpu().numpy()) < SAME_MODEL and float(-ours.sum()) > 1:
         return warning(
             check,
             f"{text}: student and teacher give the same probabilities",
