@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -232,17 +233,17 @@ def _judged(
     students, own, students_jumbled, own_jumbled = split(support, *written.groups)
     mask = loss_mask(pair, students.turns, probing.mask)
     keep = kept(mask, students.support, sampled=probing.objective.compares_sampled)
-    ending = {"new": probing.new, "cut": probing.new < probing.task.max_new_tokens}
+    check_end = partial(check_ending, new=probing.new, cut=probing.new < probing.task.max_new_tokens)
     found = [
         check_sums(students, tokens),
         check_count(students.support, tokens, pair),
         check_sense(students, students_jumbled, keep, pair),
-        check_ending("student", students.turns, probing.student.turn_end, pair.student, pair.tags, **ending),
+        check_end("student", students.turns, probing.student.turn_end, pair.student, pair.tags),
     ]
     if writer is not None:
         reading = respelled(own.turns, pair) if probing.respell else as_it_stands(own.turns, pair.teacher.size)
         found += [
-            check_ending("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags, **ending),
+            check_end("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags),
             check_writing(written.own.turns, reading, own, writer.turn_end),
             check_order(own, own_jumbled),
             check_taught_end(own, pair, probing.mask),

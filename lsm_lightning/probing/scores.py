@@ -157,7 +157,7 @@ def check_writing(written: Sequence[Turn], reading: Reading, own: Scored, turn_e
     scoring, writing = np.array(scored), np.array(told)
     share = _apart(scoring, writing)
     text = (
-        f"Its own answers have {scoring.mean():.4f} nats a token when it scores them, and {writing.mean():.4f} when it "
+        f"Its own answers have {scoring.mean():.2g} nats a token when it scores them, and {writing.mean():.2g} when it "
         f"writes them ({len(scored)} tokens)"
     )
     if not share <= APART_WRONG:

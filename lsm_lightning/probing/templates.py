@@ -101,7 +101,7 @@ def _look(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> str | 
 def _changed(tokenizer: PreTrainedTokenizerBase, conversations: Sequence[list[Message]]) -> str | None:
     """A text that does not come back from its tokens, runs of blanks aside."""
     for messages, ids in zip(conversations, render(tokenizer, list(conversations)), strict=True):
-        back = " ".join(tokenizer.decode(ids, clean_up_tokenization_spaces=False).split())
+        back = " ".join(str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)).split())
         for text in _asked(messages):
             words = text.split()
             if " ".join(words) not in back:

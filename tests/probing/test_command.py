@@ -152,12 +152,11 @@ def trained(settings: Settings, run: Run, alone: Callable[..., list[str]], tmp_p
     return trained
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_a_fit_is_the_same_bit_for_bit_with_and_without_a_look(trained, resumed):
-    assert differing(trained("with", 4, resumed), trained("without", 0, resumed)) == []
+def test_a_resumed_fit_is_the_same_bit_for_bit_with_and_without_a_look(trained):
+    assert differing(trained("with", 4, resumed=True), trained("without", 0, resumed=True)) == []
 
 
-def test_a_look_that_draws_random_numbers_would_be_seen(trained, monkeypatch):
+def test_a_fit_is_the_same_bit_for_bit_even_after_a_look_that_draws_random_numbers(trained, monkeypatch):
     without = trained("without", 0)
     right = probe_module.probe_task
 
@@ -175,11 +174,11 @@ def test_a_look_that_draws_random_numbers_would_be_seen(trained, monkeypatch):
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_processes_that_share_a_teacher_look_together(embedded, alone, tmp_path, broken):
-    teacher = embedded["model"]["teachers"]["sums"]["init_args"]
+def test_processes_that_share_a_teacher_look_together(settings, alone, tmp_path, broken):
+    teacher = settings["model"]["teachers"]["sums"]["init_args"]
     teacher |= {"sharded": True} | ({"chat_template": NO_QUESTION} if broken else {})
     arguments = alone("fit", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--probing.texts", "2")
     with started(arguments, tmp_path / "output", processes=2) as both:
         assert both.wait() == ([2, 2] if broken else [0, 0]), both.said()
-    told = [both.said(rank).count("probe ·") for rank in range(2)]
-    assert told == ([2, 0] if broken else [1, 0])
+    assert ("refused: teacher's template" if broken else " ok") in both.said(0)
+    assert "probe ·" not in both.said(1)
