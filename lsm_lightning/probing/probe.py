@@ -246,7 +246,7 @@ def _judged(
             check_end("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags),
             check_writing(written.own.turns, reading, own, writer.turn_end),
             check_order(own, own_jumbled),
-            check_taught_end(own, pair, probing.mask),
+            check_taught_end(written.own.turns, own, pair, probing.mask),
         ]
     found.append(check_kept(keep.cpu().numpy(), students.support, probing.mask, tokens))
     sides = {"student": (students.turns, written.students.rewards)}

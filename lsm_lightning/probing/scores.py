@@ -33,8 +33,6 @@ SAME_MODEL = 0.02
 SENSE = 1.0
 """Nats a token that a text has to be more probable than its tokens in another order, to make any sense."""
 SURE = math.log(0.5)
-LEAST_END = 0.05
-"""A greedy answer ends where an end is what is most probable."""
 NATURAL = "Let it answer with natural logarithms over its whole vocabulary, at temperature 1."
 
 
@@ -298,33 +296,37 @@ def _surely(turn: Turn, turn_end: AbstractSet[int], vocabulary: Vocabulary, tags
     ]
 
 
-def check_taught_end(own: Scored, pair: Pair, mask: str) -> Finding:
+def check_taught_end(written: Sequence[Turn], own: Scored, pair: Pair, mask: str) -> Finding:
     """Where its own answer ends, the teacher is for ending, and that is the student's end of a turn.
 
     Args:
-        own: A teacher's own answers, ended as the student ends them.
+        written: A teacher's own answers.
+        own: The same in the student's tokens, ended as the student ends them, and how the teacher scored them.
         pair: Student and teacher.
         mask: See `MaskPolicy`.
     """
     check = "end of turn"
-    lengths = [len(turn.completion.ids) for turn in own.turns]
-    last = [
-        place.stop - 1 for place, turn in zip(spans(lengths), own.turns, strict=True) if not turn.completion.truncated
-    ]
-    at = [row for row in last if bool(own.support.comparable[row])]
-    if not at:
+    places = spans([len(turn.completion.ids) for turn in own.turns])
+    ends = {
+        place[-1]: turn.completion.log_probs[-1]
+        for place, turn, read in zip(places, written, own.turns, strict=True)
+        if not read.completion.truncated and bool(own.support.comparable[place[-1]])
+    }
+    if not ends:
         return unknown(check, "No answer of the teacher's ended, so nothing is known of what it says there")
+    at = list(ends)
     ending, sampled = own.support.turn_end[at].double(), own.support.sampled[at].double()
-    probability = float(ending.exp().mean())
+    probability, wrote = float(ending.exp().mean()), float(np.exp(list(ends.values())).mean())
     student, teacher = (
         "nothing" if side.own_turn_end is None else visible(vocabulary.pieces[side.own_turn_end])
         for side, vocabulary in zip(pair.conventions, (pair.student, pair.teacher), strict=True)
     )
-    if probability < LEAST_END:
+    if probability < wrote / 2:
         return refused(
             check,
-            f"Where its own answers end, ending has probability {probability:.2g} only",
-            "Its turn ends are not those of its scoring: name them in eos_token_id of its generation_config.json.",
+            f"Its own answers end with probability {wrote:.2g} when it writes them, {probability:.2g} when it scores "
+            "them",
+            "Name what ends its turn in eos_token_id of its generation_config.json, and serve these weights.",
         )
     taught = float((own.support.alike[at] & (sampled > ending + SURE)).double().mean())
     if taught > 0.5:
