@@ -1,4 +1,4 @@
-"""`python -m lsm_lightning fit | validate | plan --config FILE`, or `export RUN -o DIR`."""
+"""`python -m lsm_lightning fit | validate | probe | plan --config FILE`, or `export RUN -o DIR`."""
 
 import logging
 import sys

@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import warnings
-from argparse import RawTextHelpFormatter
+from argparse import RawDescriptionHelpFormatter, RawTextHelpFormatter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import pairwise
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -26,7 +27,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lsm_lightning import checkpoints
-from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary, Stopped, StopSignals, Timeline
+from lsm_lightning.callbacks import Checkpoint, Probe, ProgressLine, RunSummary, Stopped, StopSignals, Timeline
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.export import export
@@ -43,26 +44,52 @@ class Parser(LightningArgumentParser):
         raise ConfigurationError(_with_suggestion(_one_line(message), self)) from ex
 
 
-class RunOrPlan(Trainer):
-    """Lightning's trainer with one more command. It needs no trainer: one would ask for devices that are not there."""
+class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the lines of a description as they are."""
+
+
+class Runner(Trainer):
+    """Lightning's trainer with two more commands.
+
+    `plan` needs no trainer: one would ask for devices that are not there.
+    """
 
     plan = staticmethod(tell_plan)
 
+    def probe(self, model: OnPolicyDistillation, datamodule: AlternatingTasks, ckpt_path: str | None = None) -> None:
+        """Look at tokenizers, chat templates and teachers before a run, and tell what would ruin it.
+
+        Args:
+            model: The module.
+            datamodule: The tasks.
+            ckpt_path: Look at the student of this checkpoint.
+
+        Raises:
+            ConfigurationError: A run would be for nothing.
+        """
+        self.predict(model, datamodule=datamodule, return_predictions=False, ckpt_path=ckpt_path, weights_only=False)
+
 
 class CLI(LightningCLI):
-    """`fit`, `validate`, `plan`; the seed is one setting; progress, summary and checkpoints belong to every run."""
+    """`fit`, `validate`, `probe`, `plan`; the seed is one setting; probe, progress, summary and checkpoints belong to
+    every run."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The trainer functions that this module has steps for, and the planner."""
+        """The trainer functions that this module has steps for, and what is looked at before a run."""
         own = ("fit", "validate")
         commands = {name: skipped for name, skipped in LightningCLI.subcommands().items() if name in own}
-        return commands | {"plan": {"model", "datamodule", "trainer", "evaluate"}}
+        return commands | {
+            "probe": {"model", "datamodule"},
+            "plan": {"model", "datamodule", "trainer", "evaluate"},
+        }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what does not come from the model and the data."""
         parser.link_arguments("seed_everything", "model.seed", compute_fn=_seed)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=_seed)
+        # Before the summary, which may evaluate for long.
+        parser.add_lightning_class_args(Probe, "probing")
         parser.add_lightning_class_args(ProgressLine, "progress")
         parser.add_lightning_class_args(RunSummary, "summary")
         parser.add_lightning_class_args(Checkpoint, "checkpoint")
@@ -93,7 +120,14 @@ class CLI(LightningCLI):
         tell_plan(trainer=self._get(self.config_init, "trainer").as_dict(), evaluate=evaluate, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder."""
+        """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder.
+
+        A probe leaves nothing behind.
+        """
+        if self.subcommand == "probe":
+            self.save_config_callback = None
+            config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "callbacks": None}
+            return super()._instantiate_trainer(config, [each for each in callbacks if isinstance(each, Probe)])
         for setting, kind in (("enable_progress_bar", ProgressLine), ("enable_checkpointing", Checkpoint)):
             if config.get(setting) is False:
                 callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
@@ -207,6 +241,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
 }
 
 
+PROBE = """\
+Look at tokenizers, chat templates and teachers before a run, and tell what would ruin it.
+
+Takes the configuration and overrides of fit. Student and teachers are loaded and write a few answers to the first
+problems of each task, the teachers score them, and for each task is printed
+  - how the two tokenizers differ, and what to do about it;
+  - what each check saw: templates, contexts, log-probs, top tokens, own answers against shuffled ones, ends of turns;
+  - which of the student's tokens the loss would leave out, and why;
+  - a prompt and its answers.
+The exit status is 0 if a run can start, and 2 if it would be for nothing. Nothing is trained or written. The same is
+done at the start of every fit, on --probing.texts answers, and told in a line a task.
+
+for example
+  python -m lsm_lightning probe --config configs/quickstart.yaml
+  python -m lsm_lightning probe --config my.yaml --probing.texts 16 --ckpt_path last"""
+
+
 EXPORT = """\
 Write the trained student of a run as a folder in transformers format.
 
@@ -236,7 +287,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
     return CLI(
         OnPolicyDistillation,
         AlternatingTasks,
-        trainer_class=RunOrPlan,
+        trainer_class=Runner,
         args=None if arguments is None else list(arguments),
         seed_everything_default=0,
         trainer_defaults=TRAINER_DEFAULTS,
@@ -245,6 +296,7 @@ def run(arguments: Sequence[str] | None = None) -> CLI:
             "prog": "python -m lsm_lightning",
             "description": __doc__.splitlines()[0] if __doc__ else "",
             "epilog": "Besides: `export RUN -o DIR` writes a run's student as a model folder, see `export --help`.",
+            "probe": {"description": PROBE, "formatter_class": Formatter},
         },
         save_config_kwargs={"overwrite": True},
         auto_configure_optimizers=False,

@@ -115,6 +115,10 @@ class AlternatingTasks(LightningDataModule):
         ]
         return DataLoader(batches, batch_size=None, generator=_unused())  # type: ignore[arg-type]
 
+    def predict_dataloader(self) -> "DataLoader[StepBatch]":
+        """As for evaluation; a probe, which is a prediction of nothing, looks at the tasks and not at batches."""
+        return self.val_dataloader()
+
     def transfer_batch_to_device(self, batch: StepBatch, device: torch.device, dataloader_idx: int) -> StepBatch:
         """A step's plan holds no tensors."""
         return batch

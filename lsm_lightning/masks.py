@@ -9,7 +9,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from lsm_lightning.batching import padded_responses
-from lsm_lightning.types import Turn
+from lsm_lightning.types import Support, Turn
 from tokenalign import Flag, Pair, TokenFlags
 
 MaskPolicy = Literal["repair", "none", "paper", "tags", "canonical", "strict"]
@@ -45,3 +45,15 @@ def loss_mask(pair: Pair, turns: Sequence[Turn], policy: MaskPolicy) -> LossMask
     counts = TokenFlags(ids=flags.ids[response], bits=flags.bits[response]).count()
     reasons = {name: count for name, count in counts.items() if name not in ("PAD", "PROMPT")}
     return LossMask(keep=torch.from_numpy(keep[response]), reasons=reasons)
+
+
+def kept(mask: LossMask, support: Support, *, sampled: bool) -> Bool[Tensor, " n"]:
+    """The positions that count: the mask keeps them, and a token starts there on both sides.
+
+    Args:
+        mask: Of the turns' positions.
+        support: What the teacher says at them.
+        sampled: Whether the teacher must read the very token that the student sampled.
+    """
+    keep = mask.keep.to(support.comparable.device) & support.comparable
+    return keep & support.alike if sampled else keep

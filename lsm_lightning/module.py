@@ -27,7 +27,7 @@ from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
 from lsm_lightning.export import write_student
-from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
+from lsm_lightning.masks import LossMask, MaskPolicy, kept, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.head import check_head
@@ -312,7 +312,7 @@ class OnPolicyDistillation(LightningModule):
             support = teacher.score(turns, added)
         with clock.phase("mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
-            keep = self._kept(mask, support)
+            keep = kept(mask, support, sampled=self.objective.compares_sampled)
         with clock.phase("update"):
             totals, gradient_norm = self.update(
                 batch.task, turns, support, keep, groups, done=lambda: self._advance(batch)
@@ -338,10 +338,6 @@ class OnPolicyDistillation(LightningModule):
         if k := self.objective.student_tokens:
             added.append(student_top_tokens(self.student, turns, k, groups=groups, packed=self.packing))
         return torch.cat(added, -1)
-
-    def _kept(self, mask: LossMask, support: Support) -> Bool[Tensor, " n"]:
-        keep = mask.keep.to(self.device) & support.comparable
-        return keep & support.alike if self.objective.compares_sampled else keep
 
     def rollout(self, batch: StepBatch) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
@@ -469,6 +465,10 @@ class OnPolicyDistillation(LightningModule):
         """Measure the student on a task's test split."""
         score = self.evaluate(batch.task)
         self.log_dict({f"{batch.task}/eval/{name}": value for name, value in score.items()}, batch_size=1)
+
+    def predict_step(self, batch: StepBatch, batch_idx: int) -> str:
+        """The task's name, and no more: the command `probe` has Lightning set up a prediction, and looks before it."""
+        return batch.task
 
     def evaluate(
         self,

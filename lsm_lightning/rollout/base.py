@@ -53,3 +53,7 @@ class Engine(ABC):
         self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
     ) -> list[Completion]:
         """Answers in the order of the requests; each ends with a token of `turn_end` or is `truncated`."""
+
+    def room(self, prompt_length: int) -> int | None:
+        """How many tokens may still be written after a prompt of so many, from 0 on; None: no limit is known."""
+        return None

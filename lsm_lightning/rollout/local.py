@@ -73,6 +73,12 @@ class LocalEngine(Engine):
                 completions.update(zip(part, rows.decode(sampling), strict=True))
         return [completions[i] for i in range(len(requests))]
 
+    def room(self, prompt_length: int) -> int | None:
+        """See `Engine.room`."""
+        assert self._replica is not None, "sync() comes before room()"
+        limit = getattr(self._replica.config, "max_position_embeddings", None)
+        return None if limit is None else max(0, limit - prompt_length)
+
 
 @dataclass
 class _Rows:

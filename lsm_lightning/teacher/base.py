@@ -19,6 +19,8 @@ class Teacher(ABC):
 
     pair: Pair
     """The student's tokenizer against the teacher's; there after `setup`."""
+    tokenizer: PreTrainedTokenizerBase
+    """The teacher's own, with its chat template; there after `setup`."""
 
     @abstractmethod
     def check(self) -> None:
