@@ -6,7 +6,7 @@ from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import Sampling
-from lsm_lightning.rollout.sampling import NUCLEUS_GUESSES, sample
+from lsm_lightning.rollout.sampling import NUCLEUS_GUESSES, log_probs_of, sample
 
 NUCLEUS = Sampling(temperature=1.0, top_p=0.9)
 
@@ -102,3 +102,33 @@ def test_impossible_sampling_is_refused_by_name_and_value(settings):
     ((name, value),) = settings.items()
     with pytest.raises(ConfigurationError, match=f"{name}={value}"):
         Sampling(**settings)
+
+
+def test_all_of_the_vocabulary_is_drawn_from_without_sorting_it(monkeypatch):
+    for name in ("sort", "argsort", "topk"):
+        monkeypatch.setattr(Tensor, name, None)
+    with pytest.raises(TypeError):
+        sample(torch.zeros(1, 400), torch.tensor([0.5]), NUCLEUS)
+    assert sample(torch.zeros(1, 400), torch.tensor([0.5]), Sampling(top_p=1.0)).tolist() == [200]
+
+
+@pytest.mark.parametrize("spread", [0.0, 3.0], ids="spread={}".format)
+def test_a_draw_from_a_large_vocabulary_keeps_its_digits(spread):
+    """The token's own piece of the unit interval holds the number, up to float32's rounding of it."""
+    vocabulary, draws = 150_001, 64
+    generator = torch.Generator().manual_seed(4)
+    logits = torch.randn(vocabulary, generator=generator) * spread
+    uniform = torch.rand(draws, generator=generator)
+    tokens = sample(logits.expand(draws, -1), uniform, Sampling(top_p=1.0))
+    ends = logits.double().softmax(-1).cumsum(-1)
+    starts = ends - logits.double().softmax(-1)
+    assert bool((starts[tokens] - 2e-6 < uniform).all())
+    assert bool((uniform < ends[tokens] + 2e-6).all())
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0])
+def test_log_probs_are_raw(temperature):
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
+    tokens = sample(logits, torch.full((3,), 0.3), Sampling(temperature=temperature, top_p=0.5))
+    expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(log_probs_of(logits, tokens), expected)
