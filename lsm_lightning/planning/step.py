@@ -32,7 +32,7 @@ from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.batch import more_columns
 from lsm_lightning.rollout.cache import RowCache, RowLayer
-from lsm_lightning.rollout.sampling import log_probs_of, sample
+from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.sharding import decoder_layers
 from lsm_lightning.teacher import LocalTeacher, Teacher
 from lsm_lightning.teacher.local import LOGITS_AT_ONCE
@@ -376,7 +376,7 @@ class _Step:
         watch.restart()
         logits = self._forward(model, cache, rows, 1, lengths.sequence)
         with watch.label("decoding logits"):
-            log_probs_of(logits, sample(logits, torch.empty(rows), sampling))
+            sample(logits, torch.empty(rows), sampling)
         decode = watch.flops
         watch.peak, watch.at_peak = max((*peaks, (watch.peak, watch.at_peak)), key=lambda peak: peak[0])
         model.set_attn_implementation(implementation)

@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lsm_lightning.errors import TrainingDivergedError
 from lsm_lightning.rollout.base import Request, Sampling
 from lsm_lightning.rollout.cache import RowCache, recurrent
-from lsm_lightning.rollout.sampling import log_probs_of, sample
+from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.rollout.stops import StopStrings
 from lsm_lightning.types import Completion
 
@@ -55,22 +55,13 @@ class Answer:
         limit = max_new_tokens if request.limit is None else min(request.limit, max_new_tokens)
         return cls(prompt=tuple(request.ids), limit=limit, random=np.random.default_rng(request.seed))
 
-    def add(self, token: int, log_prob: float, ends: Ends) -> None:
-        """One more token, with its log-prob."""
+    def add(self, token: int, log_prob: float, ends: Ends) -> bool:
+        """One more token, with its log-prob; tells whether the answer goes on."""
         self.ids.append(token)
         self.log_probs.append(log_prob)
         self.ended = token in ends.turn
         self.stopped = not self.ended and ends.stops is not None and ends.stops.completed_by(self.ids)
-
-    @property
-    def left(self) -> int:
-        """Most tokens still to be written."""
-        return 0 if self.ended or self.stopped else self.limit - len(self.ids)
-
-    @property
-    def seen(self) -> int:
-        """Tokens that the model has read: all but the last one."""
-        return len(self.prompt) + len(self.ids) - 1
+        return not (self.ended or self.stopped) and len(self.ids) < self.limit
 
     def completion(self) -> Completion:
         """What has been written."""
@@ -129,6 +120,10 @@ class Batch:
         self.writing: list[Answer] = []
         """One a row of the cache."""
         self.cache: RowCache | None = None
+        self.tokens = torch.zeros(0, dtype=torch.long, device=model.device)
+        """`[rows]` The last token of each, which the model has not seen yet."""
+        self.seen = torch.zeros_like(self.tokens)
+        """`[rows]` How many it has seen."""
         self._prefill: Prefill | None = None
         self._padding = 0.0 if recurrent(model) else PADDING
 
@@ -153,13 +148,15 @@ class Batch:
         taken = []
         while self.waiting and len(taken) < self._free and self.waiting[0].prompt in prefill.row_of:
             taken.append(self.waiting.popleft())
-        self._add(taken, prefill.logits[prefill.index(taken)])
-        if going := [answer for answer in taken if answer.left]:
-            self.writing += going
+        tokens, going = self._draw(taken, prefill.logits[prefill.index(taken)])
+        if going:
+            self.writing += (taken := [taken[row] for row in going])
+            self.tokens = torch.cat((self.tokens, tokens[going]))
+            lengths = [len(answer.prompt) for answer in taken]
+            self.seen = torch.cat((self.seen, torch.tensor(lengths, device=self.seen.device)))
             if self.cache is None:
-                longest = max(len(answer.prompt) for answer in going)
-                self.cache = RowCache(self.model, longest, *self._room(longest))
-            self.cache.append(prefill.cache, prefill.index(going))
+                self.cache = RowCache(self.model, max(lengths), *self._room(max(lengths)))
+            self.cache.append(prefill.cache, prefill.index(taken))
         # Where rows ran out in the middle of a group, its prompt is kept for the rest.
         rest = self.waiting[0].prompt if self.waiting else None
         self._prefill = prefill.only(rest) if rest in prefill.row_of else None
@@ -172,7 +169,7 @@ class Batch:
 
     def _room(self, length: int) -> tuple[int, int]:
         """Rows and columns that the cache is to have room for, beyond the tokens that it holds."""
-        needed = max(answer.left for answer in (*self.writing, *self.waiting))
+        needed = max(answer.limit - len(answer.ids) for answer in (*self.writing, *self.waiting))
         return min(self.rows, len(self.writing) + len(self.waiting)), more_columns(length, needed)
 
     # ---- one more token ---------------------------------------------------------------------------------------------
@@ -182,45 +179,43 @@ class Batch:
         assert self.cache is not None
         if not self.cache.room:
             self.cache.reserve(*self._room(self.cache.length))
-        device, length = self.model.device, self.cache.length
-        ids = torch.tensor([answer.ids[-1:] for answer in self.writing], device=device)
-        positions = torch.tensor([[answer.seen] for answer in self.writing], device=device)
+        length, positions = self.cache.length, self.seen[:, None]
         logits = self.model(
-            input_ids=ids, attention_mask=torch.arange(length + 1, device=device) >= length - positions,
-            position_ids=positions, cache=self.cache, use_cache=True,
+            input_ids=self.tokens[:, None], position_ids=positions, cache=self.cache, use_cache=True,
+            attention_mask=torch.arange(length + 1, device=positions.device) >= length - positions,
         ).logits[:, -1].float()  # fmt: skip
         self.cache.advance()
-        self._add(self.writing, logits)
-        self._let_out()
+        self.seen = self.seen + 1
+        self.tokens, going = self._draw(self.writing, logits)
+        if len(going) < len(self.writing):
+            self._keep(going)
 
-    def _add(self, answers: Sequence[Answer], logits: Float[Tensor, "a v"]) -> None:
-        """Draw a token for each."""
+    def _draw(self, answers: Sequence[Answer], logits: Float[Tensor, "a v"]) -> tuple[Int[Tensor, " a"], list[int]]:
+        """A token for each, and which of them go on."""
         numbers = [answer.random.random() for answer in answers]
-        uniform = torch.tensor(numbers, dtype=torch.float32, device=logits.device)
-        tokens = sample(logits, uniform, self.sampling)
-        log_probs = log_probs_of(logits, tokens).tolist()
+        tokens, drawn = sample(logits, torch.tensor(numbers, dtype=torch.float32, device=logits.device), self.sampling)
+        log_probs = drawn.tolist()
         if not all(map(math.isfinite, log_probs)):
             raise TrainingDivergedError(
                 "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
                 "from an earlier checkpoint. Or its weights are broken."
             )
-        for answer, token, log_prob in zip(answers, tokens.tolist(), log_probs, strict=True):
-            answer.add(token, log_prob, self.ends)
+        added = zip(answers, tokens.tolist(), log_probs, strict=True)
+        return tokens, [row for row, (answer, *token) in enumerate(added) if answer.add(*token, self.ends)]
 
-    def _let_out(self) -> None:
-        """Take away the rows of answers that are done."""
+    def _keep(self, going: Sequence[int]) -> None:
+        """These rows only; the last of them take the places of those that are done."""
         assert self.cache is not None
-        going = [row for row, answer in enumerate(self.writing) if answer.left]
-        if len(going) == len(self.writing):
-            return
+        free = sorted(set(range(len(going))).difference(going))
         order = list(range(len(going)))
-        free = [row for row in order if not self.writing[row].left]
-        for row, moved in zip(free, going[len(going) - len(free) :], strict=True):
-            order[row] = moved
+        for row, last in zip(free, going[len(going) - len(free) :], strict=True):
+            order[row] = last
+        rows, moved = (torch.tensor(places, dtype=torch.long, device=self.seen.device) for places in (order, free))
+        self.tokens, self.seen = self.tokens[rows], self.seen[rows]
         self.writing = [self.writing[row] for row in order]
-        if self.writing:
-            self.cache.keep(order)
-            self.cache.shorten(max(answer.seen for answer in self.writing))
+        if going:
+            self.cache.keep(rows, moved)
+            self.cache.shorten(max(len(answer.prompt) + len(answer.ids) - 1 for answer in self.writing))
         else:
             self.cache = None
 

@@ -6,7 +6,6 @@ place of one that is done, so that those that write are always the first ones; t
 the rows that needed them are done.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -158,7 +157,6 @@ class RowCache(Cache):
         super().__init__(
             [_row_layer(layer, rows, columns, model) for layer in DynamicCache(config=model.config).layers]
         )
-        self.device = model.device
         self.room = columns
         """Tokens that can be written still."""
         self.length = length
@@ -171,13 +169,11 @@ class RowCache(Cache):
             if not isinstance(layer, DummyLayer):
                 layer.append(source, index)
 
-    def keep(self, order: Sequence[int]) -> None:
-        """The first rows only, of which some are taken from further behind: row i is the former row `order[i]`."""
-        moved = [row for row, former in enumerate(order) if row != former]
-        rows, places = (torch.tensor(numbers, dtype=torch.long, device=self.device) for numbers in (order, moved))
+    def keep(self, order: Int[Tensor, " n"], moved: Int[Tensor, " m"]) -> None:
+        """The first rows only: row i is the former row `order[i]`, another one where i is among `moved`."""
         for layer in self.layers:
             if not isinstance(layer, DummyLayer):
-                layer.keep(rows, places)
+                layer.keep(order, moved)
 
     def advance(self) -> None:
         """Every row has written a token."""

@@ -71,7 +71,7 @@ class LocalEngine(Engine):
         for answer in answers:
             self._check_room(answer)
         with torch.autocast(self._replica.device.type, enabled=False):  # the replica's dtype decides
-            asked = [answer for answer in answers if answer.left > 0]
+            asked = [answer for answer in answers if answer.limit > 0]
             Batch(self._replica, asked, sampling, Ends(turn=turn_end, stops=stops), self.batch_size).run()
         return [answer.completion() for answer in answers]
 

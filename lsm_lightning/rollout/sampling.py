@@ -1,6 +1,7 @@
 """From logits to a token, with the random number as an argument: a row does not depend on the rest of the batch."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -12,46 +13,53 @@ NUCLEUS_GUESSES = (16, 256)
 """Most probable tokens looked at first: most nuclei are small, and a full sort costs a third of the decoding."""
 
 
-def sample(logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], sampling: Sampling) -> Int[Tensor, " b"]:
+def sample(
+    logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], sampling: Sampling
+) -> tuple[Int[Tensor, " b"], Float[Tensor, " b"]]:
     """One token a row, by inverting the cumulative distribution of its nucleus at `uniform`.
 
     The nucleus is the smallest set of most probable tokens that holds `top_p`, at the temperature asked for, as in
     vLLM.
 
-    >>> sample(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.5]), Sampling(temperature=0.0))
-    tensor([1])
+    Returns:
+        The tokens, and their log-probs in nats: raw ones, at temperature 1 and without top-p.
+
+    >>> tokens, log_probs = sample(torch.tensor([[0.0, 3.0, 1.0]]), torch.tensor([0.5]), Sampling(temperature=0.0))
+    >>> tokens, log_probs.exp()
+    (tensor([1]), tensor([0.8438]))
     """
+    total = logits.logsumexp(-1)
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    scaled = logits if sampling.temperature == 1 else logits / sampling.temperature
-    if sampling.top_p == 1:
-        return _from_all(scaled.softmax(-1), uniform)
-    total = scaled.logsumexp(-1, keepdim=True)
-    tokens = torch.empty(len(logits), dtype=torch.long, device=logits.device)
-    rows = torch.arange(len(logits), device=logits.device)
-    for guess in (*NUCLEUS_GUESSES, logits.shape[-1]):
-        # Only rows whose nucleus is larger are looked at again: a row's order must not depend on the others.
-        top, ids = (scaled[rows] if len(rows) < len(logits) else scaled).topk(min(guess, logits.shape[-1]), -1)
-        probs = (top - total[rows]).exp()
-        tokens[rows] = _from_nucleus(probs, ids, uniform[rows], sampling.top_p)
-        rows = rows[probs.sum(-1) < sampling.top_p]
-        if guess >= logits.shape[-1] or not len(rows):
-            break
-    return tokens
-
-
-def log_probs_of(logits: Float[Tensor, "b v"], tokens: Int[Tensor, " b"]) -> Float[Tensor, " b"]:
-    """Nats, at temperature 1 and without top-p."""
-    return logits.gather(-1, tokens[:, None])[:, 0] - logits.logsumexp(-1)
+        tokens = logits.argmax(-1)
+    elif sampling.top_p == 1:
+        tokens = _from_all((logits / sampling.temperature).softmax(-1), uniform)
+    elif sampling.temperature == 1:
+        tokens = _from_nucleus(logits, total, uniform, sampling.top_p)
+    else:
+        scaled = logits / sampling.temperature
+        tokens = _from_nucleus(scaled, scaled.logsumexp(-1), uniform, sampling.top_p)
+    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
 
 
 def _from_nucleus(
-    ordered: Float[Tensor, "b k"], ids: Int[Tensor, "b k"], uniform: Float[Tensor, " b"], top_p: float
+    logits: Float[Tensor, "b v"],
+    total: Float[Tensor, " b"],
+    uniform: Float[Tensor, " b"],
+    top_p: float,
+    guesses: Sequence[int] = NUCLEUS_GUESSES,
 ) -> Int[Tensor, " b"]:
-    """`ordered` holds probabilities in falling order."""
-    before = ordered.cumsum(-1) - ordered
-    inside = ordered.masked_fill(before >= top_p, 0.0)
-    return ids.gather(-1, _invert(inside, uniform)[:, None])[:, 0]
+    """In falling order of probability; `total` is the logarithm of the sum of all."""
+    first = min(guesses[0], logits.shape[-1]) if guesses else logits.shape[-1]
+    top, ids = logits.topk(first, -1)
+    ordered = (top - total[:, None]).exp()
+    sums = ordered.cumsum(-1)
+    inside = ordered.masked_fill(sums - ordered >= top_p, 0.0)
+    tokens = ids.gather(-1, _invert(inside, uniform)[:, None])[:, 0]
+    beyond = sums[:, -1] < top_p
+    if first < logits.shape[-1] and bool(beyond.any()):
+        # Only rows whose nucleus is larger are looked at again: a row's order must not depend on the others.
+        tokens[beyond] = _from_nucleus(logits[beyond], total[beyond], uniform[beyond], top_p, guesses[1:])
+    return tokens
 
 
 def _from_all(probs: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:

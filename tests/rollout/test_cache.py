@@ -108,7 +108,8 @@ class Histories:
         self.rows += added[::-1]
 
     def keep(self, order: list[int]) -> None:
-        self.cache.keep(order)
+        moved = [row for row, former in enumerate(order) if row != former]
+        self.cache.keep(torch.tensor(order), torch.tensor(moved, dtype=torch.long))
         self.rows = [self.rows[row] for row in order]
         self.cache.shorten(max(map(len, self.rows)))
 

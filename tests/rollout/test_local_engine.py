@@ -74,23 +74,30 @@ def nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 @cache
-def drawn(sampling: Sampling, place: int, draws: int = 6000) -> Drawn:
-    """The first token of an answer comes from the prefill, the second one (behind the likeliest first) does not."""
+def answers_of_two(sampling: Sampling, draws: int = 5000) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """A model, and answers `[draws 2]` to one prompt of the engine and of `generate`."""
     model, prompt = tiny_model(seed=3, initializer_range=0.4), PROMPTS[1]
     requests = [Request(ids=prompt, seed=seed) for seed in range(draws)]
-    ours = torch.tensor(ids_of(write(engine_of(model), requests, sampling, new=2, ends=frozenset())))
-    with torch.random.fork_rng(), torch.no_grad():
+    ours = write(engine_of(model), requests, sampling, new=2, ends=frozenset())
+    with torch.random.fork_rng():
         torch.manual_seed(0)
         theirs = model.generate(
             torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=True,
             temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, num_return_sequences=draws,
             max_new_tokens=2, eos_token_id=None, pad_token_id=0,
-        )[:, len(prompt) :]  # fmt: skip
-        exact = nucleus(model(torch.tensor([prompt])).logits[0, -1], sampling)
+        )  # fmt: skip
+    return model, torch.tensor(ids_of(ours)), theirs[:, len(prompt) :]
+
+
+def drawn(sampling: Sampling, place: int) -> Drawn:
+    """The first token of an answer comes from the prefill, the second one (behind the likeliest first) does not."""
+    model, ours, theirs = answers_of_two(sampling)
+    with torch.no_grad():
+        exact = nucleus(model(torch.tensor([PROMPTS[1]])).logits[0, -1], sampling)
         if place:
             first = int(exact.argmax())
             ours, theirs = ours[ours[:, 0] == first], theirs[theirs[:, 0] == first]
-            exact = nucleus(model(torch.tensor([[*prompt, first]])).logits[0, -1], sampling)
+            exact = nucleus(model(torch.tensor([[*PROMPTS[1], first]])).logits[0, -1], sampling)
     counts = [torch.bincount(tokens[:, place], minlength=len(exact)).double() for tokens in (ours, theirs)]
     return Drawn(ours=counts[0], theirs=counts[1], exact=exact)
 

@@ -6,9 +6,14 @@ from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import Sampling
-from lsm_lightning.rollout.sampling import NUCLEUS_GUESSES, log_probs_of, sample
+from lsm_lightning.rollout.sampling import NUCLEUS_GUESSES
+from lsm_lightning.rollout.sampling import sample as tokens_and_log_probs
 
 NUCLEUS = Sampling(temperature=1.0, top_p=0.9)
+
+
+def sample(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    return tokens_and_log_probs(logits, uniform, sampling)[0]
 
 
 def nucleus(logits: list[float], sampling: Sampling) -> dict[int, float]:
@@ -126,9 +131,11 @@ def test_a_draw_from_a_large_vocabulary_keeps_its_digits(spread):
     assert bool((uniform < ends[tokens] + 2e-6).all())
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0])
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
 def test_log_probs_are_raw(temperature):
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(5))
-    tokens = sample(logits, torch.full((3,), 0.3), Sampling(temperature=temperature, top_p=0.5))
+    tokens, log_probs = tokens_and_log_probs(
+        logits, torch.full((3,), 0.3), Sampling(temperature=temperature, top_p=0.5)
+    )
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
-    torch.testing.assert_close(log_probs_of(logits, tokens), expected)
+    torch.testing.assert_close(log_probs, expected)
