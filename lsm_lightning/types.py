@@ -28,11 +28,13 @@ class Completion:
     """What the student sampled in one turn."""
 
     ids: Sequence[int]
-    """Sampled tokens; the end-of-turn token is the last one unless `truncated`."""
+    """Sampled tokens, all of which train; the end-of-turn token is the last one unless `truncated` or `stopped`."""
     log_probs: Sequence[float]
     """Nats, of each sampled token under the student at temperature 1 and without top-p."""
     truncated: bool
-    """Whether the length limit, not an end-of-turn token, ended it."""
+    """Whether the length limit, not an end-of-turn token or a stop string, ended it."""
+    stopped: bool = False
+    """Whether a stop string ended it, in its last token; the model itself has not ended its turn."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -1,18 +1,14 @@
-"""Where a step's time goes, and what sharing prompts in a rollout saves, measured side by side in one run.
+"""Where a step's time goes: the phases of one step of each task of configs/quickstart.yaml, on the embedded models.
 
-    python scripts/bench_step.py            # about a minute on one core; writes runs/bench_step.json
+    python scripts/bench_step.py            # half a minute on one core; writes runs/bench_step.json
 
-1. The phases of one step of each task of configs/quickstart.yaml, on the embedded models.
-2. Rollouts: `LocalEngine` against `model.generate` of transformers, same student, prompts and sampling.
-
-The output head has a bench of its own, `bench_head.py`.
-Seconds are the best of several runs; compare inside a table, not across machines.
+The output head and the rollouts have benches of their own, `bench_head.py` and `bench_rollout.py`.
+Compare inside a table, not across machines.
 """
 
 import argparse
 import json
 import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,10 +20,9 @@ from rich.table import Table
 from lsm_lightning.masks import loss_mask
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.objectives.head import OutputHead
-from lsm_lightning.pretrained import load_model, load_tokenizer, render, turn_end_ids
+from lsm_lightning.pretrained import load_model, load_tokenizer, turn_end_ids
 from lsm_lightning.reductions import position_weights
 from lsm_lightning.rollout import LocalEngine, Sampling
-from lsm_lightning.rollout.base import Request
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.tasks.alfworld import AlfworldGames
 from lsm_lightning.tasks.base import Task
@@ -36,17 +31,6 @@ from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.update import accumulate_gradients, micro_batches
 
 K = 32
-
-
-def best(run: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the fastest of several runs, after one to warm up."""
-    run()
-    seconds = []
-    for _ in range(times):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return min(seconds)
 
 
 def bench_phases() -> list[dict[str, Any]]:
@@ -105,31 +89,6 @@ def bench_phases() -> list[dict[str, Any]]:
     return rows
 
 
-def bench_rollout(prompts: int = 64, samples: int = 4) -> list[dict[str, Any]]:
-    """Tokens a second of math answers."""
-    model, tokenizer = load_model("embedded:student", "float32"), load_tokenizer("embedded:student")
-    turn_end, task = turn_end_ids(model, tokenizer), AdditionProblems()
-    messages = [list(task.episode("train", index).messages()) for index in range(prompts) for _ in range(samples)]
-    ids = render(tokenizer, messages)
-    engine, written = LocalEngine.around(model), {}
-
-    def ours() -> None:
-        requests = [Request(ids=prompt, seed=seed) for seed, prompt in enumerate(ids)]
-        done = engine.generate(requests, Sampling(), max_new_tokens=64, turn_end=turn_end)
-        written["ours"] = sum(len(completion.ids) for completion in done)
-
-    def theirs() -> None:
-        batch = tokenizer.pad({"input_ids": ids}, padding_side="left", return_tensors="pt")
-        output = model.generate(
-            **batch, max_new_tokens=64, do_sample=True, top_p=0.9, top_k=0, pad_token_id=tokenizer.pad_token_id
-        )
-        written["theirs"] = int((output[:, batch["input_ids"].shape[1] :] != tokenizer.pad_token_id).sum())
-
-    seconds = {"ours": best(ours), "theirs": best(theirs)}
-    names = {"ours": "LocalEngine", "theirs": "model.generate"}
-    return [{"engine": names[key], "tokens/s": written[key] / seconds[key]} for key in names]
-
-
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Print rows of one shape as a table."""
     table = Table(title=title)
@@ -141,23 +100,16 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    """Run the two measurements, print them, write them down."""
+    """Measure, print, write down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/bench_step.json"))
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results: dict[str, Any] = {"threads": arguments.threads}
-    for title, run in {
-        "One step of the quickstart, seconds by phase": bench_phases,
-        "Rollouts of 64 prompts × 4 samples, embedded student": bench_rollout,
-    }.items():
-        results[title] = run()
-        show(title, results[title])
-    rollout = list(results.values())[-1]
-    print(f"LocalEngine writes {rollout[0]['tokens/s'] / rollout[1]['tokens/s']:.1f} times as fast as model.generate.")
+    title, rows = "One step of the quickstart, seconds by phase", bench_phases()
+    show(title, rows)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    arguments.out.write_text(json.dumps({"threads": arguments.threads, title: rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

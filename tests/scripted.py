@@ -3,6 +3,8 @@
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
+from transformers import PreTrainedTokenizerBase
+
 from lsm_lightning.rollout.base import Engine, Request, Sampling
 from lsm_lightning.tasks.base import Episode, Split, Task
 from lsm_lightning.types import Completion, Message
@@ -70,7 +72,13 @@ class ScriptedEngine(Engine):
         pass
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        turn_end: AbstractSet[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
         self.calls.append(list(requests))
         return [self.answer(request) for request in requests]

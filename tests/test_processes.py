@@ -9,7 +9,6 @@ import queue
 import socket
 import traceback
 from collections.abc import Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
@@ -94,17 +93,9 @@ class Uneven(Task):
 class UnevenEngine(LocalEngine):
     """Writes 4 tokens to a short question and 60 to a long one: it never ends a turn itself."""
 
-    def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
-    ) -> list[Completion]:
-        written: dict[int, Completion] = {}
-        for length, long in ((4, False), (max_new_tokens, True)):
-            places = [place for place, request in enumerate(requests) if is_long(request.ids) == long]
-            if places:
-                part = [requests[place] for place in places]
-                answers = super().generate(part, sampling, max_new_tokens=length, turn_end=frozenset())
-                written.update(zip(places, answers, strict=True))
-        return [written[place] for place in range(len(requests))]
+    def generate(self, requests: Sequence[Request], sampling: Sampling, **settings: Any) -> list[Completion]:
+        limited = [request if is_long(request.ids) else replace(request, limit=4) for request in requests]
+        return super().generate(limited, sampling, **settings | {"turn_end": frozenset()})
 
 
 def is_long(prompt: Sequence[int]) -> bool:

@@ -19,6 +19,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from lsm_lightning.batching import TokenBatch, hidden_states
@@ -29,7 +30,9 @@ from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, 
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
-from lsm_lightning.rollout.local import sample
+from lsm_lightning.rollout.batch import more_columns
+from lsm_lightning.rollout.cache import RowCache, RowLayer
+from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.sharding import decoder_layers
 from lsm_lightning.teacher import LocalTeacher, Teacher
 from lsm_lightning.teacher.local import LOGITS_AT_ONCE
@@ -208,7 +211,8 @@ class _Step:
         assert isinstance(teacher, LocalTeacher)
         self.watch.restart()
         if rows := min(teacher.batch_size, self.lengths.test_episodes):
-            self._write(self.teachers[task], rows, rows, self.module.eval_sampling)
+            waiting = self.lengths.test_episodes > rows
+            self._write(self.teachers[task], rows, rows, self.module.eval_sampling, waiting=waiting)
             self._note("evaluation", task=task)
 
     def first_optimiser_step(self) -> None:
@@ -233,7 +237,8 @@ class _Step:
             self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
         rows = min(engine.batch_size, lengths.episodes)
         distinct = math.ceil(rows / lengths.samples)
-        prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling)
+        waiting = lengths.episodes > rows
+        prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling, waiting=waiting)
         rounds = math.ceil(lengths.episodes / rows) * lengths.turns
         # Sharded weights come into the replica one at a time.
         largest = max(p.nbytes for p in self.student.parameters()) if self._sharded else 0
@@ -332,32 +337,50 @@ class _Step:
 
     @torch.no_grad()
     def _write(
-        self, model: PreTrainedModel, rows: int, distinct: int, sampling: Sampling
+        self, model: PreTrainedModel, rows: int, distinct: int, sampling: Sampling, *, waiting: bool
     ) -> tuple[float, float, float]:
-        """Prefill and the last step of decoding; FLOPs of both and bytes read for one batch of whole answers."""
+        """Prefill and the last step of decoding; FLOPs of both and bytes read for one batch of whole answers.
+
+        Args:
+            model: That writes.
+            rows: Answers side by side.
+            distinct: Their prompts.
+            sampling: How tokens are drawn.
+            waiting: Whether more answers take the places of these.
+        """
         watch, lengths = self.watch, self.lengths
         implementation = model.config._attn_implementation
         if implementation == UNMASKED:
             model.set_attn_implementation("sdpa")  # prompts of many lengths are masked
-        cache = self._prefilled(model, distinct, lengths.prompt)
-        if distinct < rows:
-            with watch.label("KV cache"):
-                cache.batch_select_indices(torch.zeros(rows, dtype=torch.long))
-        prefill, peak, at_peak = watch.flops, watch.peak, watch.at_peak
-        # A cache as long as the answers get. It does not come about as it is made here, so the peak starts over.
-        cache = self._prefilled(model, rows, lengths.sequence - 1)
+        prefilled, index = self._prefilled(model, distinct, lengths.prompt), torch.zeros(rows, dtype=torch.long)
+        length, needed = lengths.prompt, max(1, lengths.new - 1)
+        with watch.label("KV cache"):
+            cache = RowCache(model, length, rows, more_columns(length, needed))
+            cache.append(prefilled, index)
+            peaks = [(watch.peak, watch.at_peak)]
+            prefill = watch.flops
+            # The largest cache does not come about as it is made here, so the peak starts over.
+            while (columns := more_columns(length, needed)) < needed:
+                length, needed = length + columns, needed - columns
+            grows = waiting or length > lengths.prompt
+            del cache
+            cache = RowCache(model, length, rows, 0 if grows else needed)
+            cache.append(prefilled, index)
+            del prefilled
+            watch.restart()
+            if grows:
+                cache.reserve(rows, more_columns(length, lengths.new) if waiting else needed)
+        self._skip(cache, needed - 1)
         of_cache = watch.live["KV cache"]
+        peaks.append((watch.peak, watch.at_peak))
         watch.restart()
-        layer: Any = model.get_output_embeddings()
-        with watch.label("decoding logits"):
-            logits = torch.empty((rows, layer.weight.shape[0]))
-        self._forward(model, cache, rows, 1, lengths.sequence)
+        logits = self._forward(model, cache, rows, 1, lengths.sequence)
         with watch.label("decoding logits"):
             sample(logits, torch.empty(rows), sampling)
         decode = watch.flops
-        if peak > watch.peak:
-            watch.peak, watch.at_peak = peak, at_peak
+        watch.peak, watch.at_peak = max((*peaks, (watch.peak, watch.at_peak)), key=lambda peak: peak[0])
         model.set_attn_implementation(implementation)
+        layer: Any = model.get_output_embeddings()
         embedding: Any = model.get_input_embeddings()
         read: float = sum(parameter.nbytes for parameter in model.parameters())
         if embedding.weight is not layer.weight:
@@ -367,11 +390,16 @@ class _Step:
 
     def _prefilled(self, model: PreTrainedModel, rows: int, width: int) -> "_Cache":
         cache = _Cache(self.watch, config=model.config)
-        if width:
-            self._forward(model, cache, rows, width, width)
+        self._forward(model, cache, rows, width, width)
         return cache
 
-    def _forward(self, model: PreTrainedModel, cache: "_Cache", rows: int, width: int, seen: int) -> Tensor:
+    def _skip(self, cache: RowCache, tokens: int) -> None:
+        """As if so many had been written."""
+        for layer in cache.layers:
+            if isinstance(layer, RowLayer):
+                layer.length, layer.end = layer.length + tokens, layer.end + tokens
+
+    def _forward(self, model: PreTrainedModel, cache: Cache, rows: int, width: int, seen: int) -> Tensor:
         """Float32 logits of the last position, as `LocalEngine` asks for them; the mask covers what was seen."""
         layer: Any = model.get_output_embeddings()
         hook = layer.register_forward_pre_hook(lambda *_: setattr(self.watch, "kind", "decoding logits"))

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.types import Completion
@@ -19,16 +19,20 @@ class Sampling:
         temperature: Divides the logits; 0 takes the most probable token.
         top_p: Draw from the smallest set of tokens that holds this much probability (paper: 0.9; 1 for the
             sampled-token baseline).
+        stop: An answer also ends with the token that completes one of these strings; the string is part of it.
     """
 
     temperature: float = 1.0
     top_p: float = 0.9
+    stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if self.temperature < 0:
             raise ConfigurationError(f"temperature={self.temperature}: use 0 (greedy) or a positive number.")
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p={self.top_p}: use a number above 0, at most 1.")
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ConfigurationError(f"stop={self.stop!r}: use a list of strings, none of them empty.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +43,8 @@ class Request:
     """The prompt's tokens. Requests with equal prompts share one prefill."""
     seed: int
     """The answer is a function of the weights, the prompt, the sampling settings and this, whatever else is asked."""
+    limit: int | None = None
+    """Most tokens of this answer, where `max_new_tokens` is more than there is room for."""
 
 
 class Engine(ABC):
@@ -50,10 +56,24 @@ class Engine(ABC):
 
     @abstractmethod
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        turn_end: AbstractSet[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
-        """Answers in the order of the requests; each ends with a token of `turn_end` or is `truncated`."""
+        """Answers in the order of the requests.
 
-    def room(self, prompt_length: int) -> int | None:
-        """How many tokens may still be written after a prompt of so many, from 0 on; None: no limit is known."""
+        Args:
+            requests: What is asked.
+            sampling: How tokens are drawn.
+            max_new_tokens: Longest answer.
+            turn_end: Tokens of which each ends an answer, as its last one.
+            tokenizer: The model's; needed with `sampling.stop` only.
+        """
+
+    def room(self, prompt_tokens: int) -> int | None:
+        """How many tokens fit into the model's context behind a prompt; below 1 is none, None is no limit."""
         return None

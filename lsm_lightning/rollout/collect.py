@@ -27,7 +27,11 @@ class Player:
         ids = render(self.tokenizer, conversations)
         requests = [Request(ids=prompt, seed=seed) for prompt, seed in zip(ids, seeds, strict=True)]
         completions = self.engine.generate(
-            requests, self.sampling, max_new_tokens=max_new_tokens, turn_end=self.turn_end
+            requests,
+            self.sampling,
+            max_new_tokens=max_new_tokens,
+            turn_end=self.turn_end,
+            tokenizer=self.tokenizer,
         )
         texts = self.tokenizer.batch_decode([self._text_ids(c) for c in completions], skip_special_tokens=False)
         return [
@@ -36,7 +40,8 @@ class Player:
         ]
 
     def _text_ids(self, completion: Completion) -> list[int]:
-        return list(completion.ids if completion.truncated else completion.ids[:-1])
+        whole = completion.truncated or completion.stopped
+        return list(completion.ids if whole else completion.ids[:-1])
 
 
 @dataclass(kw_only=True)

@@ -1,29 +1,25 @@
 import copy
+from dataclasses import dataclass, replace
+from functools import cache
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from slow import response_logits
 from tiny import FAMILIES, random_ids, tiny_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from writing import ENDS, NUCLEUS, engine_of, ids_of, write
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import LocalEngine, Sampling
-from lsm_lightning.rollout import local as local_module
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.rollout.local import sample
+from lsm_lightning.rollout.batch import REFILL
 from lsm_lightning.types import Completion
 
-GREEDY = Sampling(temperature=0.0)
-NUCLEUS = Sampling(temperature=1.0, top_p=0.9)
 LENGTHS = [3, 17, 9, 1, 9, 30]
 NEVER = frozenset({10**6})
 PROMPTS = [random_ids(seed, length) for seed, length in enumerate(LENGTHS)]
-ENDS = frozenset(range(0, 340, 9))
-"""So many tokens end a turn that untrained models write answers of many lengths."""
 
 
 @pytest.fixture(scope="module")
@@ -31,43 +27,11 @@ def model() -> PreTrainedModel:
     return tiny_model(seed=1, initializer_range=0.1)
 
 
-def engine_of(model: PreTrainedModel, **settings: int) -> LocalEngine:
-    engine = LocalEngine(**settings)
-    engine.sync(model)
-    return engine
-
-
-def write(
-    engine: LocalEngine,
-    requests: list[Request],
-    sampling: Sampling = NUCLEUS,
-    new: int = 24,
-    ends: frozenset[int] = ENDS,
-) -> list[Completion]:
-    return engine.generate(requests, sampling, max_new_tokens=new, turn_end=ends)
-
-
 def requests_of(samples: int = 2) -> list[Request]:
     return [Request(ids=prompt, seed=100 * number + j) for number, prompt in enumerate(PROMPTS) for j in range(samples)]
 
 
-def ids_of(completions: list[Completion]) -> list[list[int]]:
-    return [list(completion.ids) for completion in completions]
-
-
 # ---- against transformers -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_answers_are_those_of_transformers_one_prompt_at_a_time(family):
-    model = tiny_model(family, seed=1)
-    answers = write(engine_of(model), [Request(ids=prompt, seed=0) for prompt in PROMPTS], GREEDY, new=12)
-    for prompt, answer in zip(PROMPTS, answers, strict=True):
-        generated = model.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=False,
-            max_new_tokens=12, eos_token_id=sorted(ENDS), pad_token_id=0,
-        )  # fmt: skip
-        assert list(answer.ids) == generated[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -92,6 +56,81 @@ def test_half_precision_keeps_what_the_model_keeps_wider(model):
     for (name, ours), (_, theirs) in zip(engine._replica.named_buffers(), half.named_buffers(), strict=True):
         assert ours.dtype == theirs.dtype, name
         assert_close(ours, theirs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """How often each token was drawn behind the same tokens, and how probable it is there."""
+
+    ours: Tensor
+    theirs: Tensor
+    exact: Tensor
+
+
+def nucleus(logits: Tensor, sampling: Sampling) -> Tensor:
+    probs, order = (logits.double() / sampling.temperature).softmax(-1).sort(descending=True)
+    probs[probs.cumsum(-1) - probs >= sampling.top_p] = 0.0
+    return torch.zeros_like(probs).scatter(0, order, probs / probs.sum())
+
+
+@cache
+def answers_of_two(sampling: Sampling, draws: int = 5000) -> tuple[PreTrainedModel, Tensor, Tensor]:
+    """A model, and answers `[draws 2]` to one prompt of the engine and of `generate`."""
+    model, prompt = tiny_model(seed=3, initializer_range=0.4), PROMPTS[1]
+    requests = [Request(ids=prompt, seed=seed) for seed in range(draws)]
+    ours = write(engine_of(model), requests, sampling, new=2, ends=frozenset())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long), do_sample=True,
+            temperature=sampling.temperature, top_p=sampling.top_p, top_k=0, num_return_sequences=draws,
+            max_new_tokens=2, eos_token_id=None, pad_token_id=0,
+        )  # fmt: skip
+    return model, torch.tensor(ids_of(ours)), theirs[:, len(prompt) :]
+
+
+def drawn(sampling: Sampling, place: int) -> Drawn:
+    """The first token of an answer comes from the prefill, the second one (behind the likeliest first) does not."""
+    model, ours, theirs = answers_of_two(sampling)
+    with torch.no_grad():
+        exact = nucleus(model(torch.tensor([PROMPTS[1]])).logits[0, -1], sampling)
+        if place:
+            first = int(exact.argmax())
+            ours, theirs = ours[ours[:, 0] == first], theirs[theirs[:, 0] == first]
+            exact = nucleus(model(torch.tensor([[*PROMPTS[1], first]])).logits[0, -1], sampling)
+    counts = [torch.bincount(tokens[:, place], minlength=len(exact)).double() for tokens in (ours, theirs)]
+    return Drawn(ours=counts[0], theirs=counts[1], exact=exact)
+
+
+def agrees(observed: Tensor, expected: Tensor, noise: float = 1.0) -> bool:
+    """Chi-square of counts, tokens that are expected less than five times taken together; one in a million is off.
+
+    Args:
+        observed: Counts.
+        expected: Counts.
+        noise: 2 where the expected ones are drawn as well.
+    """
+    rare = expected < 5
+    pairs = [(observed[~rare], expected[~rare]), (observed[rare].sum()[None], expected[rare].sum()[None])]
+    counted, awaited = (torch.cat(column) for column in zip(*pairs, strict=True))
+    awaited = awaited.clamp(min=1e-9)
+    assert len(awaited) > 5
+    chi_square = float(((counted - awaited) ** 2 / (noise * awaited)).sum())
+    return chi_square < len(awaited) + 5 * (2 * len(awaited)) ** 0.5
+
+
+@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("sampling", [NUCLEUS, Sampling(temperature=0.7, top_p=1.0)], ids=["nucleus", "all"])
+def test_next_tokens_are_distributed_as_those_of_generate(sampling, place):
+    found = drawn(sampling, place)
+    assert agrees(found.ours, found.exact * found.ours.sum())
+    assert agrees(found.ours, found.theirs * found.ours.sum() / found.theirs.sum(), noise=2)
+
+
+def test_the_check_of_distributions_can_fail():
+    found, other = drawn(NUCLEUS, 0), drawn(Sampling(temperature=0.7, top_p=1.0), 0)
+    assert not agrees(found.ours, other.exact * found.ours.sum())
+    assert not agrees(found.ours, other.theirs * found.ours.sum() / other.theirs.sum(), noise=2)
 
 
 # ---- one answer does not know of the others -------------------------------------------------------------------------
@@ -119,19 +158,38 @@ def test_the_independence_checks_look_at_different_answers(model):
     assert len({len(answer.ids) for answer in answers}) > 4
 
 
-def test_equal_prompts_share_one_prefill_and_differ_by_seed(model):
-    engine = engine_of(model)
-    prefilled: list[int] = []
+def forwards(engine: LocalEngine) -> list[tuple[int, int]]:
+    """Rows and columns of the ids that the model is given from now on."""
+    shapes: list[tuple[int, int]] = []
     assert engine._replica is not None
     engine._replica.register_forward_pre_hook(
-        lambda _, args, kwargs: (
-            prefilled.append(kwargs["input_ids"].numel()) if kwargs["input_ids"].shape[1] > 1 else None
-        ),
-        with_kwargs=True,
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
+    return shapes
+
+
+@pytest.mark.parametrize("batch_size", [3, 256], ids="batch_size={}".format)
+def test_equal_prompts_share_one_prefill_and_differ_by_seed(model, batch_size):
+    """Also where rows are too few for the whole group at once."""
+    engine = engine_of(model, batch_size=batch_size)
+    shapes = forwards(engine)
     answers = write(engine, [Request(ids=PROMPTS[2], seed=seed) for seed in range(8)])
-    assert prefilled == [len(PROMPTS[2])]
+    assert [shape for shape in shapes if shape[1] > 1] == [(1, len(PROMPTS[2]))]
     assert len({tuple(answer.ids) for answer in answers}) == 8
+
+
+@pytest.mark.parametrize("batch_size", [8, 256], ids="batch_size={}".format)
+def test_no_row_is_computed_for_an_answer_that_is_done_and_none_stays_free(model, batch_size):
+    engine, requests = engine_of(model, batch_size=batch_size), requests_of(samples=8)
+    shapes = forwards(engine)
+    answers = write(engine, requests)
+    decoded = [rows for rows, width in shapes if width == 1 and rows]
+    # The first token of an answer comes from the prefill of its prompt, of which one is a single token.
+    assert sum(decoded) == sum(len(answer.ids) - 1 for answer in answers) + 1
+    full = min(batch_size, len(requests))
+    assert max(decoded) <= full
+    waiting = len(requests) - full
+    assert sum(rows > (1 - REFILL) * full for rows in decoded) >= waiting / full
 
 
 def test_the_same_seed_gives_the_same_answer(model):
@@ -179,6 +237,34 @@ def test_a_prompt_too_long_for_the_context_is_refused(model):
     assert len(write(engine_of(model), [Request(ids=random_ids(0, 250), seed=0)], new=6)) == 1
 
 
+def test_an_answer_may_have_a_limit_of_its_own(model):
+    requests = requests_of()
+    limits = [1 + number % 7 for number in range(len(requests))]
+    engine = engine_of(model, batch_size=5)
+    free = write(engine, requests)
+    limited = write(engine, [replace(request, limit=limit) for request, limit in zip(requests, limits, strict=True)])
+    for whole, answer, limit in zip(free, limited, limits, strict=True):
+        assert answer.ids == whole.ids[:limit]
+        assert answer.truncated == (len(whole.ids) > limit or whole.truncated)
+    (longer,) = write(engine, [replace(requests[0], limit=100)], new=4, ends=NEVER)
+    assert len(longer.ids) == 4
+
+
+def test_room_is_what_may_be_written(model):
+    engine = engine_of(model)
+    prompt = random_ids(0, 250)
+    assert engine.room(250) == 6
+    (answer,) = write(engine, [Request(ids=prompt, seed=0, limit=engine.room(250))], new=24, ends=NEVER)
+    assert len(answer.ids) == 6
+    assert engine.room(300) == -44
+
+
+def test_a_limit_of_nothing_is_an_empty_answer(model):
+    empty, other = write(engine_of(model), [Request(ids=PROMPTS[0], seed=0, limit=0), Request(ids=PROMPTS[0], seed=0)])
+    assert empty == Completion(ids=[], log_probs=[], truncated=True)
+    assert other.ids
+
+
 def test_a_batch_of_none_is_refused():
     with pytest.raises(ConfigurationError, match="batch_size=0"):
         LocalEngine(batch_size=0)
@@ -217,99 +303,3 @@ def test_around_a_model_is_that_model(model):
     around, copied = (write(engine, requests_of()) for engine in (LocalEngine.around(model), engine_of(model)))
     assert ids_of(around) == ids_of(copied)
     assert LocalEngine.around(model)._replica is model
-
-
-# ---- the draw -------------------------------------------------------------------------------------------------------
-
-
-def nucleus(logits: list[float], sampling: Sampling) -> dict[int, float]:
-    """Token → probability, renormalised: the fewest most probable tokens that hold `top_p` together."""
-    probs = (torch.tensor(logits, dtype=torch.float64) / sampling.temperature).softmax(-1).tolist()
-    chosen: dict[int, float] = {}
-    for token in sorted(range(len(probs)), key=lambda i: -probs[i]):
-        if sum(chosen.values()) >= sampling.top_p:
-            break
-        chosen[token] = probs[token]
-    total = sum(chosen.values())
-    return {token: p / total for token, p in chosen.items()}
-
-
-@given(
-    st.lists(st.integers(-60, 60), min_size=2, max_size=20, unique=True),
-    st.floats(0, 1, exclude_max=True, width=32),
-    st.floats(0.05, 1.0),
-    st.floats(0.2, 3.0),
-)
-def test_every_draw_is_in_the_nucleus(tenths, uniform, top_p, temperature):
-    sampling = Sampling(temperature=temperature, top_p=top_p)
-    logits = [x / 10 for x in tenths]
-    token = sample(torch.tensor([logits]), torch.tensor([uniform]), sampling).item()
-    # float32 may put a token at the very edge on either side of it
-    wider = Sampling(temperature=temperature, top_p=min(1.0, top_p + 1e-5))
-    assert token in nucleus(logits, wider)
-
-
-def frequencies(logits: Tensor, sampling: Sampling, draws: int) -> Tensor:
-    uniform = torch.rand(draws, generator=torch.Generator().manual_seed(0))
-    tokens = sample(logits.expand(draws, -1), uniform, sampling)
-    return torch.bincount(tokens, minlength=logits.shape[-1]).double() / draws
-
-
-def chi_square_per_degree(logits: Tensor, sampling: Sampling, draws: int = 20_000) -> float:
-    """About 1 where `sample` draws from the renormalised nucleus."""
-    exact = nucleus(logits.tolist(), sampling)
-    counts = frequencies(logits, sampling, draws) * draws
-    assert counts.sum() == counts[list(exact)].sum() == draws
-    return sum((counts[i].item() - draws * p) ** 2 / (draws * p) for i, p in exact.items()) / max(1, len(exact) - 1)
-
-
-@pytest.mark.parametrize("top_p", [0.3, 0.9, 1.0])
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
-def test_draws_follow_the_renormalised_nucleus(top_p, temperature):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1))
-    sampling = Sampling(temperature=temperature, top_p=top_p)
-    # 40 degrees of freedom at most: 3 is beyond what chance gives in a million runs
-    assert chi_square_per_degree(logits, sampling) < 3
-
-
-def test_the_frequency_check_can_fail(monkeypatch):
-    logits = torch.randn(40, generator=torch.Generator().manual_seed(1))
-    right = sample
-    monkeypatch.setitem(globals(), "sample", lambda x, u, s: right(x / 1.1, u, s))
-    assert chi_square_per_degree(logits, Sampling(top_p=1.0)) > 3
-
-
-@pytest.mark.parametrize("spread", [0.0, 0.3, 4.0], ids="spread={}".format)
-@pytest.mark.parametrize("top_p", [0.5, 0.9, 1.0])
-def test_a_vocabulary_beyond_the_first_guess_is_drawn_from_all_the_same(spread, top_p):
-    vocabulary = local_module.NUCLEUS_GUESS + 300
-    tilt = torch.arange(vocabulary) * 1e-4  # no ties, so the nucleus is unique
-    logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2)) * spread + tilt
-    assert chi_square_per_degree(logits, Sampling(top_p=top_p), draws=60_000) < 1.5
-
-
-def test_what_lies_beyond_the_guess_in_one_row_is_no_matter_for_another():
-    """Also where tokens are equally probable, as coarse bf16 logits often are."""
-    vocabulary = local_module.NUCLEUS_GUESS + 300
-    generator = torch.Generator().manual_seed(3)
-    coarse = (torch.randn(64, vocabulary, generator=generator) * 16).round() / 4
-    flat = torch.zeros(1, vocabulary)
-    uniform = torch.rand(65, generator=generator)
-    alone = torch.cat([sample(row[None], u[None], NUCLEUS) for row, u in zip(coarse, uniform, strict=False)])
-    together = sample(torch.cat((coarse, flat)), uniform, NUCLEUS)
-    assert together[:-1].tolist() == alone.tolist()
-
-
-@pytest.mark.parametrize("uniform", [0.0, 1 - 2**-24, 1.0])
-def test_a_draw_at_either_end_stays_inside(uniform):
-    logits = torch.tensor([[0.0, -torch.inf, 2.0, 1.0, -torch.inf]])
-    for top_p in (0.3, 0.9, 1.0):
-        token = sample(logits, torch.tensor([uniform]), Sampling(top_p=top_p)).item()
-        assert token in nucleus(logits[0].tolist(), Sampling(top_p=top_p))
-
-
-@pytest.mark.parametrize("settings", [{"temperature": -1.0}, {"top_p": 0.0}, {"top_p": 1.5}])
-def test_impossible_sampling_is_refused_by_name_and_value(settings):
-    ((name, value),) = settings.items()
-    with pytest.raises(ConfigurationError, match=f"{name}={value}"):
-        Sampling(**settings)

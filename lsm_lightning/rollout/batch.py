@@ -1,0 +1,237 @@
+"""Answers written side by side: where one ends, the next begins."""
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from lsm_lightning.errors import TrainingDivergedError
+from lsm_lightning.rollout.base import Request, Sampling
+from lsm_lightning.rollout.cache import RowCache, recurrent
+from lsm_lightning.rollout.sampling import sample
+from lsm_lightning.rollout.stops import StopStrings
+from lsm_lightning.types import Completion
+
+REFILL = 1 / 8
+"""Share of the rows that has to be free before waiting answers are let in: prefills in company cost less."""
+PADDING = 1 / 4
+"""Share of a prefill's longest prompt by which another one may fall short of it."""
+COLUMNS = 64
+"""Fewest columns by which the cache grows, where so many may be needed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """What ends an answer besides its limit."""
+
+    turn: AbstractSet[int]
+    stops: StopStrings | None
+
+
+@dataclass(kw_only=True)
+class Answer:
+    """One request, and what has been written."""
+
+    prompt: tuple[int, ...]
+    limit: int
+    """Most tokens."""
+    random: np.random.Generator
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    ended: bool = False
+    stopped: bool = False
+
+    @classmethod
+    def of(cls, request: Request, max_new_tokens: int) -> "Answer":
+        """Nothing is written yet."""
+        limit = max_new_tokens if request.limit is None else min(request.limit, max_new_tokens)
+        return cls(prompt=tuple(request.ids), limit=limit, random=np.random.default_rng(request.seed))
+
+    def add(self, token: int, log_prob: float, ends: Ends) -> bool:
+        """One more token, with its log-prob; tells whether the answer goes on."""
+        self.ids.append(token)
+        self.log_probs.append(log_prob)
+        self.ended = token in ends.turn
+        self.stopped = not self.ended and ends.stops is not None and ends.stops.completed_by(self.ids)
+        return not (self.ended or self.stopped) and len(self.ids) < self.limit
+
+    def completion(self) -> Completion:
+        """What has been written."""
+        truncated = not (self.ended or self.stopped)
+        return Completion(ids=self.ids, log_probs=self.log_probs, truncated=truncated, stopped=self.stopped)
+
+
+@dataclass(kw_only=True)
+class Prefill:
+    """Distinct prompts that the model has read."""
+
+    row_of: dict[tuple[int, ...], int]
+    cache: DynamicCache
+    logits: Float[Tensor, "p v"]
+    """Of the first token behind each."""
+
+    @classmethod
+    def read(cls, model: PreTrainedModel, prompts: Sequence[tuple[int, ...]]) -> "Prefill":
+        """Let the model read prompts side by side."""
+        ids, mask = left_pad(prompts, model.device)
+        cache = DynamicCache(config=model.config)
+        output = model(
+            input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0), cache=cache,
+            use_cache=True, logits_to_keep=1,
+        )  # fmt: skip
+        rows = {prompt: row for row, prompt in enumerate(prompts)}
+        return cls(row_of=rows, cache=cache, logits=output.logits[:, -1].float())
+
+    def index(self, answers: Sequence[Answer]) -> Int[Tensor, " a"]:
+        """The prompts of some answers."""
+        return torch.tensor([self.row_of[answer.prompt] for answer in answers], device=self.logits.device)
+
+    def only(self, prompt: tuple[int, ...]) -> "Prefill":
+        """One prompt, without the memory of the others."""
+        row = torch.tensor([self.row_of[prompt]], device=self.logits.device)
+        self.cache.reorder_cache(row)
+        return Prefill(row_of={prompt: 0}, cache=self.cache, logits=self.logits[row])
+
+
+class Batch:
+    """Answers in the making, so many at a time; the longest prompts come first, so that no row moves for a longer one.
+
+    Args:
+        model: In eval mode.
+        answers: To be filled in.
+        sampling: How tokens are drawn.
+        ends: Where an answer ends.
+        rows: Answers written side by side.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, answers: Sequence[Answer], sampling: Sampling, ends: Ends, rows: int
+    ) -> None:
+        self.model, self.sampling, self.ends, self.rows = model, sampling, ends, rows
+        self.waiting = deque(sorted(answers, key=lambda answer: (-len(answer.prompt), answer.prompt)))
+        self.writing: list[Answer] = []
+        """One a row of the cache."""
+        self.cache: RowCache | None = None
+        self.tokens = torch.zeros(0, dtype=torch.long, device=model.device)
+        """`[rows]` The last token of each, which the model has not seen yet."""
+        self.seen = torch.zeros_like(self.tokens)
+        """`[rows]` How many it has seen."""
+        self._prefill: Prefill | None = None
+        self._padding = 0.0 if recurrent(model) else PADDING
+
+    @torch.no_grad()
+    def run(self) -> None:
+        """Write all of them to their ends."""
+        while self.waiting or self.writing:
+            if self.waiting and (not self.writing or self._free >= REFILL * self.rows):
+                self._let_in()
+            else:
+                self._write()
+
+    @property
+    def _free(self) -> int:
+        return self.rows - len(self.writing)
+
+    # ---- new rows ---------------------------------------------------------------------------------------------------
+
+    def _let_in(self) -> None:
+        """Answers that wait, as many as rows are free and one prefill is for."""
+        prefill = self._prefill or Prefill.read(self.model, self._next_prompts())
+        taken = []
+        while self.waiting and len(taken) < self._free and self.waiting[0].prompt in prefill.row_of:
+            taken.append(self.waiting.popleft())
+        tokens, going = self._draw(taken, prefill.logits[prefill.index(taken)])
+        if going:
+            self.writing += (taken := [taken[row] for row in going])
+            self.tokens = torch.cat((self.tokens, tokens[going]))
+            lengths = [len(answer.prompt) for answer in taken]
+            self.seen = torch.cat((self.seen, torch.tensor(lengths, device=self.seen.device)))
+            if self.cache is None:
+                self.cache = RowCache(self.model, max(lengths), *self._room(max(lengths)))
+            self.cache.append(prefill.cache, prefill.index(taken))
+        # Where rows ran out in the middle of a group, its prompt is kept for the rest.
+        rest = self.waiting[0].prompt if self.waiting else None
+        self._prefill = prefill.only(rest) if rest in prefill.row_of else None
+
+    def _next_prompts(self) -> list[tuple[int, ...]]:
+        """Distinct ones of like length, for as many answers as rows are free."""
+        shortest = len(self.waiting[0].prompt) * (1 - self._padding)
+        prompts = (answer.prompt for answer in islice(self.waiting, self._free))
+        return list(dict.fromkeys(prompt for prompt in prompts if len(prompt) >= shortest))
+
+    def _room(self, length: int) -> tuple[int, int]:
+        """Rows and columns that the cache is to have room for, beyond the tokens that it holds."""
+        needed = max(answer.limit - len(answer.ids) for answer in (*self.writing, *self.waiting))
+        return min(self.rows, len(self.writing) + len(self.waiting)), more_columns(length, needed)
+
+    # ---- one more token ---------------------------------------------------------------------------------------------
+
+    def _write(self) -> None:
+        """One more token for every row."""
+        assert self.cache is not None
+        if not self.cache.room:
+            self.cache.reserve(*self._room(self.cache.length))
+        length, positions = self.cache.length, self.seen[:, None]
+        logits = self.model(
+            input_ids=self.tokens[:, None], position_ids=positions, cache=self.cache, use_cache=True,
+            attention_mask=torch.arange(length + 1, device=positions.device) >= length - positions,
+        ).logits[:, -1].float()  # fmt: skip
+        self.cache.advance()
+        self.seen = self.seen + 1
+        self.tokens, going = self._draw(self.writing, logits)
+        if len(going) < len(self.writing):
+            self._keep(going)
+
+    def _draw(self, answers: Sequence[Answer], logits: Float[Tensor, "a v"]) -> tuple[Int[Tensor, " a"], list[int]]:
+        """A token for each, and which of them go on."""
+        numbers = [answer.random.random() for answer in answers]
+        tokens, drawn = sample(logits, torch.tensor(numbers, dtype=torch.float32, device=logits.device), self.sampling)
+        log_probs = drawn.tolist()
+        if not all(map(math.isfinite, log_probs)):
+            raise TrainingDivergedError(
+                "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
+                "from an earlier checkpoint. Or its weights are broken."
+            )
+        added = zip(answers, tokens.tolist(), log_probs, strict=True)
+        return tokens, [row for row, (answer, *token) in enumerate(added) if answer.add(*token, self.ends)]
+
+    def _keep(self, going: Sequence[int]) -> None:
+        """These rows only; the last of them take the places of those that are done."""
+        assert self.cache is not None
+        free = sorted(set(range(len(going))).difference(going))
+        order = list(range(len(going)))
+        for row, last in zip(free, going[len(going) - len(free) :], strict=True):
+            order[row] = last
+        rows, moved = (torch.tensor(places, dtype=torch.long, device=self.seen.device) for places in (order, free))
+        self.tokens, self.seen = self.tokens[rows], self.seen[rows]
+        self.writing = [self.writing[row] for row in order]
+        if going:
+            self.cache.keep(rows, moved)
+            self.cache.shorten(max(len(answer.prompt) + len(answer.ids) - 1 for answer in self.writing))
+        else:
+            self.cache = None
+
+
+def more_columns(length: int, needed: int) -> int:
+    """By how many columns a cache of `length` tokens grows, where so many may be needed.
+
+    >>> more_columns(100, 1000), more_columns(1000, 1000), more_columns(1000, 5)
+    (64, 250, 5)
+    """
+    return min(needed, max(COLUMNS, length // 4))
+
+
+def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
+    """Token ids and a 0/1 mask, ends flush right; padding holds token 0, which the mask hides."""
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask

