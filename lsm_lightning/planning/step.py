@@ -32,7 +32,7 @@ from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.local import sample
 from lsm_lightning.sharding import decoder_layers
 from lsm_lightning.teacher import LocalTeacher, Teacher
-from lsm_lightning.teacher.local import LOGITS_AT_ONCE
+from lsm_lightning.teacher.scoring import LOGITS_AT_ONCE
 from lsm_lightning.types import Support
 from lsm_lightning.update import WATCHED_POSITIONS
 

@@ -53,3 +53,6 @@ class Engine(ABC):
         self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
     ) -> list[Completion]:
         """Answers in the order of the requests; each ends with a token of `turn_end` or is `truncated`."""
+
+    def close(self) -> None:  # noqa: B027 - many hold nothing
+        """Give back what the engine holds outside this process; another `sync` brings it back."""
