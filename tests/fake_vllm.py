@@ -141,21 +141,23 @@ class FakeServer:
             "prompt_token_ids": ids,
         }
         if body.get("logprobs") is not None:
-            after = [self.log_probs(model, [*ids, *written.ids[:i]])[-1] for i in range(len(written.ids))]
             choice["logprobs"] = {
                 "tokens": [f"token_id:{i}" for i in written.ids],
                 "token_logprobs": list(written.log_probs),
-                "top_logprobs": [
-                    {f"token_id:{i}": row[i].item() for i in _top(row, body["logprobs"], token)}
-                    for row, token in zip(after, written.ids, strict=True)
-                ],
+                "top_logprobs": [{} for _ in written.ids],
             }
+            if body["logprobs"]:
+                rows = self.log_probs(model, [*ids, *written.ids])[len(ids) - 1 : -1]
+                choice["logprobs"]["top_logprobs"] = [
+                    {f"token_id:{i}": row[i].item() for i in _ranks(row, body["logprobs"], token)}
+                    for row, token in zip(rows, written.ids, strict=True)
+                ]
         if body.get("prompt_logprobs") is not None:
             rows = self.log_probs(self.model, ids)[:-1]
             choice["prompt_logprobs"] = [None] + [
                 {
-                    str(i): {"logprob": row[i].item(), "rank": int((row > row[i]).sum()) + 1, "decoded_token": ""}
-                    for i in _top(row, body["prompt_logprobs"], token)
+                    str(i): {"logprob": row[i].item(), "rank": rank, "decoded_token": ""}
+                    for i, rank in _ranks(row, body["prompt_logprobs"], token).items()
                 }
                 for row, token in zip(rows, ids[1:], strict=True)
             ]
@@ -166,8 +168,10 @@ class FakeServer:
         return model(input_ids=torch.tensor([ids])).logits[0].float().log_softmax(-1)
 
 
-def _top(row: torch.Tensor, k: int, token: int) -> list[int]:
-    return list(dict.fromkeys([token, *row.topk(k).indices.tolist()]))
+def _ranks(row: torch.Tensor, k: int, token: int) -> dict[int, int]:
+    """Of the actual token and the K most probable ones."""
+    top = row.topk(k).indices.tolist()
+    return {token: int((row >= row[token]).sum())} | {i: rank + 1 for rank, i in enumerate(top)}
 
 
 def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:

@@ -110,8 +110,11 @@ def read_scores(answer: dict[str, Any], ids: Sequence[int], k: int, first: int) 
     values: list[list[float]] = []
     for place, token in zip(places[first:], ids[first:], strict=True):
         row = [int(i) for i in place]
-        if not k <= len(row) <= k + 1 or token not in row:
-            raise BadAnswer(f"gave {len(row)} log-probs at a place where {k} and the actual token's were asked for")
+        ranks = {entry["rank"] for entry in place.values()}
+        if not ranks.issuperset(range(1, k + 1)) or token not in row or len(row) > k + 1:
+            raise BadAnswer(
+                f"gave {len(row)} log-probs at a place where the {k} highest and the token's were asked for"
+            )
         rows.append(row + row[:1] * (k + 1 - len(row)))
         of_row = [entry["logprob"] for entry in place.values()]
         values.append(of_row + of_row[:1] * (k + 1 - len(of_row)))

@@ -90,12 +90,12 @@ def test_a_fault_that_passes_changes_no_answer(fake, kind):
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    zip(
+    [*zip(
         FAULTS,
         ["status 500 .out of memory.", "broke off", "damaged JSON", "5 log-probs for 6 tokens", "not finite",
          "KeyError", "another prompt", "stopped after 5 tokens"],
         strict=True,
-    ),
+    )],
 )  # fmt: skip
 def test_one_that_stays_ends_with_the_name_of_server_request_and_cause(fake, kind, told):
     fake.faults.append(Fault(kind, times=1000))

@@ -80,7 +80,7 @@ def ready(teacher: Any, student: Any, *, respell: bool, tokens: int | None = K, 
     return teacher
 
 
-def assert_alike(served: Support, local: Support) -> None:
+def assert_alike(served: Support, local: Support, tokens: int = K) -> None:
     """The same members, but for those that are equally probable, with the same log-probs."""
     assert served.comparable.tolist() == local.comparable.tolist()
     assert served.alike.tolist() == local.alike.tolist()
@@ -96,20 +96,18 @@ def assert_alike(served: Support, local: Support) -> None:
     assert served.sampled[both].tolist() == pytest.approx(local.sampled[both].tolist(), abs=CLOSE)
     told = served.turn_end > -torch.inf
     assert served.turn_end[told].tolist() == pytest.approx(local.turn_end[told].tolist(), abs=CLOSE)
-    least_served = served.log_probs.masked_fill(served.log_probs == -torch.inf, torch.inf).amin(-1)
-    assert (local.turn_end[~told] <= least_served[~told] + CLOSE).all()  # it is no top token
+    untold = local.comparable & ~told
+    assert (local.turn_end[untold] <= local.log_probs[untold, tokens - 1] + CLOSE).all()  # it is no top token
 
 
-@pytest.mark.parametrize("tokens", [1, K, 32])
+@pytest.mark.parametrize("tokens", [1, K, 16])
 def test_supports_are_those_of_a_local_teacher(servers, folder, student_tokenizer, turns, respell, tokens):
     teachers = [ServedTeacher(str(folder), servers), LocalTeacher(str(folder))]
-    if servers.launch is None and tokens == 32 and "fake" in str(servers):
-        pytest.skip("its limit is 20")
     served, local = (
         asked(ready(teacher, student_tokenizer, respell=respell, tokens=tokens), turns) for teacher in teachers
     )
-    assert_alike(served, local)
-    assert (served.turn_end > -torch.inf).any()
+    assert_alike(served, local, tokens)
+    assert (served.turn_end > -torch.inf).any() or not respell
 
 
 def test_the_comparison_can_fail(fake, folder, student_folder, student_tokenizer, turns):
