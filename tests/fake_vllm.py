@@ -66,6 +66,8 @@ class FakeServer:
         self.cached: dict[tuple[int, ...], PreTrainedModel] = {}
         """Prompts, and whose keys and values are kept of them."""
         self.paused = False
+        self.lives = 0
+        self.version = "default"
         self.listen()
 
     @property
@@ -82,12 +84,14 @@ class FakeServer:
         self.thread.start()
 
     def stop(self) -> None:
+        """What is under way is not answered any more."""
+        self.lives += 1
         self.server.shutdown()
         self.server.server_close()
 
     def restart(self) -> None:
         """As a supervisor does it: with the weights of the beginning."""
-        self.model, self.cached = load_model(str(self.folder), "float32"), {}
+        self.model, self.cached, self.version = load_model(str(self.folder), "float32"), {}, "default"
         self.listen()
 
     def fault_of(self, path: str) -> Fault | None:
@@ -110,6 +114,8 @@ class FakeServer:
                 self.model = load_model(body["kwargs"]["weights_path"], "float32")
             if path == "/reset_prefix_cache" and self.forgets:
                 self.cached.clear()
+            if path == "/update_weight_version":
+                self.version = body["new_version"]
             self.paused = {"/pause": True, "/resume": False}.get(path, self.paused)
             return {}
 
@@ -175,13 +181,19 @@ def _ranks(row: torch.Tensor, k: int, token: int) -> dict[int, int]:
 
 
 def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
+    life = fake.lives
+
     class Handler(BaseHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
             pass
 
         def do_GET(self) -> None:
             context = fake.model.config.max_position_embeddings
-            self.send({"data": [{"id": "tiny", "max_model_len": context}]} if self.path == "/v1/models" else {})
+            told = {
+                "/v1/models": {"data": [{"id": "tiny", "max_model_len": context}]},
+                "/weight_info": {"weight_version": fake.version},
+            }
+            self.send(told.get(self.path, {}))
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
@@ -198,7 +210,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             if fault is not None and fault.seconds:
                 time.sleep(fault.seconds)
             try:
-                self.send(_spoilt(kind, fake.answer(self.path, body)), cut=kind == "truncated JSON")
+                answer = fake.answer(self.path, body)
+                if fake.lives == life:
+                    self.send(_spoilt(kind, answer), cut=kind == "truncated JSON")
             except RefusedError as refusal:
                 self.send({"error": {"message": str(refusal), "code": 400}}, 400)
 

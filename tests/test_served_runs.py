@@ -1,6 +1,8 @@
 """Runs whose rollouts and teachers come from servers: equal to local ones, and what a fault does to them."""
 
 import signal
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -180,24 +182,26 @@ def test_a_server_that_dies_in_a_step_ends_the_run_with_its_name_after_a_checkpo
     assert_same_steps(resumed, local, first=2)
 
 
-def test_one_that_dies_and_comes_back_holds_the_run_up_and_changes_nothing(prepare, local, student_server, monkeypatch):
+def test_one_that_dies_and_comes_back_holds_the_run_up_and_changes_nothing(prepare, local, student_server):
     """It comes back with its first weights, and is given the present ones."""
     run = prepare(attempts=8)
     right, called = run.module.rollout, []
-    died = FakeServer.stop
-
-    def dies_and_comes_back(server: FakeServer) -> None:
-        died(server)
-        server.restart()
 
     def rollout(batch: Any) -> Any:
         called.append(batch)
         if len(called) == 3:
-            monkeypatch.setattr(FakeServer, "stop", dies_and_comes_back)
             student_server.faults.append(Fault("dies"))
+            back.start()
         return right(batch)
 
+    def restart() -> None:
+        while student_server.lives == 0:
+            time.sleep(0.01)
+        time.sleep(0.1)
+        student_server.restart()
+
+    back = threading.Thread(target=restart)
     run.module.rollout = rollout
     run.fit()
-    monkeypatch.undo()
+    back.join()
     assert_same_steps(run, local)

@@ -1,10 +1,13 @@
 """A rollout engine on vLLM servers, which take over the student's weights after each step."""
 
+import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -29,15 +32,17 @@ from lsm_lightning.types import Completion
 PROBES, PROBE_TOKENS, PROBE_TOP = 4, 160, 8
 """So many texts of so many tokens, which is more than a block of any prefix cache, and so many of the most probable
 tokens after each tell whose weights a server has."""
+RENEWING = "to take over new weights"
+"""What a server fails to do, in an error."""
 
 
 class VLLMEngine(Engine):
     """Generates on vLLM servers, on GPUs of their own or on a CPU.
 
     After each step the student is written to a folder, from which the servers load it: they finish what they are at,
-    load, forget the prompts that they have cached, and go on. A few next tokens tell whether they have done so. Servers
-    must be started with VLLM_SERVER_DEV_MODE=1 and the student's configuration; those on other machines must see
-    `folder`.
+    load, forget the prompts that they have cached, and go on; a few next tokens tell whether they have done so. Servers
+    that are there need vLLM 0.32 or newer, the student's configuration and VLLM_SERVER_DEV_MODE=1, and those on other
+    machines must see `folder`.
 
     Sampling is vLLM's: a text follows from the weights, the prompt and its seed as far as vLLM computes the same logits
     whatever else is in a batch.
@@ -60,9 +65,10 @@ class VLLMEngine(Engine):
         self.dtype: DType = dtype
         self.tolerance = tolerance
         self._fleet = Fleet(servers, self._renewed)
-        self._scratch: TemporaryDirectory[str] | None = None
+        self._scratch: weakref.finalize | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
+        self._run, self._syncs = "", 0
 
     @classmethod
     def around(cls, fleet: Fleet) -> "VLLMEngine":
@@ -90,15 +96,14 @@ class VLLMEngine(Engine):
         dtype = model.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
         weights = plain_state_dict(model, keep=fleet.place.is_first_here, dtype=dtype)
         if fresh:
-            self._find_folder()
+            self._agree()
         together(lambda: self._write(model, weights))
         del weights
-        former, self._probe = self._probe, probe
         if fresh:
             fleet.open(self._options(model, dtype))
-        if not (fresh and self.servers.launch is not None):  # such a server has just loaded them
-            together(lambda: [self._renew(url) for url in fleet.kept] and None)
-        together(lambda: [self._check(url, probe, former) for url in fleet.kept] and None)
+        former, self._probe = self._probe, probe
+        self._syncs += 1
+        together(lambda: self._renew_all(former))
 
     def generate(
         self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
@@ -123,28 +128,41 @@ class VLLMEngine(Engine):
                 read=lambda answer: protocol.read_written(answer, request, max_new_tokens, turn_end),
             )
 
-        return self._fleet.ask(
-            [(number[tuple(request.ids)], question(place, request)) for place, request in enumerate(requests)]
-        )
+        questions = [(number[tuple(request.ids)], question(place, request)) for place, request in enumerate(requests)]
+        for _ in range(self.servers.attempts):
+            answers = self._fleet.ask(questions)
+            lost = [url for url in self._fleet.answered if self._probe is not None and not self._is_present(url)]
+            if not lost:
+                return answers
+            for url in lost:
+                self._renewed(url)
+        raise ServerError(f"The server {lost[0]} loses the student's weights again and again: look into its log.")
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._fleet.close()
         if self._scratch is not None:
-            self._scratch.cleanup()
+            self._scratch()
         self._scratch = self._weights = self._probe = None
+        self._syncs = 0
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
-    def _find_folder(self) -> None:
-        """The one of this machine's first process."""
+    @property
+    def _version(self) -> str:
+        """By which a server tells that it has these weights; one that was started again has forgotten it."""
+        return f"{self._run}-{self._syncs}"
+
+    def _agree(self) -> None:
+        """On a name for this run, and on the folder of this machine's first process."""
         place, folder = self._fleet.place, self.folder
         if folder is None and place.is_first_here:
-            self._scratch = TemporaryDirectory(prefix="lsm-lightning-weights-", ignore_cleanup_errors=True)
-            folder = self._scratch.name
+            folder = mkdtemp(prefix="lsm-lightning-weights-")
+            self._scratch = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         folder = gather(folder)[place.first_here]
         assert folder is not None
         self._weights = Path(folder).expanduser().resolve() / f"student-{place.first_here}"
+        self._run = gather(uuid4().hex)[0]
 
     def _write(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
         assert self._weights is not None
@@ -160,37 +178,54 @@ class VLLMEngine(Engine):
         }
         return [word for option in options.items() for word in option]
 
-    def _renew(self, url: str) -> None:
-        """Have a server load the weights anew."""
+    def _renew_all(self, former: "_Probe | None") -> None:
+        for url in self._fleet.kept:
+            self._renew(url, former)
+
+    def _renewed(self, url: str) -> bool:
+        """Give a server that was away the present weights again."""
+        self._renew(url, None)
+        return True
+
+    def _renew(self, url: str, former: "_Probe | None") -> None:
+        """Have a server load the weights, and make sure that it has."""
         steps: dict[str, dict[str, object]] = {
             "/pause?mode=wait": {},
             "/collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
             "/reset_prefix_cache": {},
+            "/update_weight_version": {"new_version": self._version},
             "/resume": {},
         }
-        for path, body in steps.items():
-            self._fleet.ask_at(
-                url, Question(what="to take over new weights", path=path, body=body, read=lambda answer: None)
-            )
+        for _ in range(self.servers.attempts):
+            for path, body in steps.items():
+                self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
+            self._check(url, former)
+            if self._is_present(url):
+                return
+        raise ServerError(
+            f"The server {url} loses the student's weights again and again: does another run use it, or does it start "
+            "anew all the time?"
+        )
 
-    def _renewed(self, url: str) -> bool:
-        """Whether a server that was away has the present weights again."""
-        assert self._probe is not None
-        self._renew(url)
-        self._check(url, self._probe, None)
-        return True
+    def _is_present(self, url: str) -> bool:
+        """Whether a server has the present weights by its own account."""
+        version: str = self._fleet.ask_at(
+            url, Question(what=RENEWING, path="/weight_info", read=lambda answer: str(answer["weight_version"]))
+        )
+        return version == self._version
 
-    def _check(self, url: str, probe: "_Probe", former: "_Probe | None") -> None:
+    def _check(self, url: str, former: "_Probe | None") -> None:
         """Compare a server's next tokens with those of the student as it is, and as it was before."""
-        told = self._told(url, probe)
-        gap = probe.gap(told)
+        assert self._probe is not None
+        told = self._told(url, self._probe)
+        gap = self._probe.gap(told)
         before = torch.inf if former is None else former.gap(told)
         if not gap <= self.tolerance or before < gap / 2:
             whose = f", and by {before:.2g} nats from those before" if before < gap else ""
             raise ServerError(
                 f"The server {url} was told to load the weights in {self._weights}, and its log-probs differ from the "
                 f"student's by {gap:.2g} nats{whose} (tolerance={self.tolerance:g}). It has to be started with the "
-                "student's configuration, see this folder, and reload weights and reset its prefix cache as vLLM 0.32."
+                "student's configuration and see this folder."
             )
 
     def _told(self, url: str, probe: "_Probe") -> list[dict[int, float]]:
@@ -199,7 +234,7 @@ class VLLMEngine(Engine):
 
         def question(ids: list[int]) -> Question[dict[int, float]]:
             return Question(
-                what="to show its new weights",
+                what=RENEWING,
                 path=protocol.COMPLETIONS,
                 body=protocol.next_tokens(name, ids, PROBE_TOP),
                 read=lambda answer: protocol.read_next_tokens(answer, ids, PROBE_TOP),

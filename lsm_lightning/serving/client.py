@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -72,7 +73,10 @@ class Client:
         self._back = back
         self._away: dict[str, float] = {}
         """Servers that were not reachable, and when they were last looked after."""
+        self._outages: Counter[str] = Counter()
         self._locks: dict[str, asyncio.Lock] = {}
+        self.answered: set[str] = set()
+        """Servers whose answers the last `ask` returned."""
 
     def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
         """Answers in the order of the questions, each of which comes with the number of its server.
@@ -80,6 +84,7 @@ class Client:
         Raises:
             ServerError: A question was not answered after all attempts, or was refused.
         """
+        self.answered = set()
         return asyncio.run(self._ask_all(questions)) if questions else []
 
     def ask_one(self, server: int, question: Question[Answer]) -> Answer:
@@ -97,25 +102,32 @@ class Client:
     async def _patiently(
         self, session: aiohttp.ClientSession, bound: asyncio.Semaphore, server: int, question: Question[Answer]
     ) -> Answer:
-        started, failure, url = time.monotonic(), "", ""
-        for attempt in range(self._patience.attempts):
+        started, failure, url, attempt = time.monotonic(), "", "", 0
+        while attempt < self._patience.attempts:
             if attempt:
                 await asyncio.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
             url = self.servers[(server + attempt) % len(self.servers)]
+            outages = self._outages[url]
             try:
                 if url in self._away:
                     await self._look_after(url)
                 async with bound:
-                    return await self._once(session, url, question)
+                    answer = await self._once(session, url, question)
+                if self._outages[url] == outages:
+                    self.answered.add(url)
+                    return answer
+                continue  # it may be of a server that had just been started again
             except TimeoutError:
                 failure = f"gave no answer within {self._patience.timeout:g} s"
             except (aiohttp.ClientError, OSError) as error:
                 failure = f"was not reachable or broke off ({str(error) or type(error).__name__})"
+                self._outages[url] += url not in self._away
                 self._away.setdefault(url, 0.0)
             except json.JSONDecodeError as error:
                 failure = f"answered with damaged JSON ({error})"
             except BadAnswer as error:
                 failure = str(error)
+            attempt += 1
         spent = time.monotonic() - started
         raise ServerError(
             f"The server {url} failed at {question.what} ({question.path}) {self._patience.attempts} times in "

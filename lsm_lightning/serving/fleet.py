@@ -120,6 +120,12 @@ class Fleet:
         assert self._client is not None, "open() comes first"
         return self._client.ask(questions)
 
+    @property
+    def answered(self) -> set[str]:
+        """Addresses of the servers whose answers the last `ask` returned."""
+        assert self._client is not None, "open() comes first"
+        return self._client.answered
+
     def ask_at(self, url: str, question: Question[Answer]) -> Answer:
         """Ask this very server, and do not look after it in between."""
         return Client([url], self._patience, self._remedy).ask_one(0, question)

@@ -199,7 +199,7 @@ def served(fake) -> Iterator[VLLMEngine]:
 def test_weights_go_over_in_the_right_order(served, fake, model):
     served.sync(model)
     paths = [path.partition("?")[0] for path, _ in fake.log]
-    assert paths[:4] == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/resume"]
+    assert paths[:5] == ["/pause", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume"]
     folder = Path(fake.log[1][1]["kwargs"]["weights_path"])
     assert_close(load_model(str(folder), "auto").state_dict(), model.state_dict(), rtol=0, atol=0)
     served.close()
@@ -245,18 +245,35 @@ def test_a_sync_leaves_the_model_as_it_was(served, model, training):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_a_server_that_comes_back_with_its_first_weights_gets_the_present_ones(served, fake, model):
+def test_a_server_that_comes_back_with_its_first_weights_gets_the_present_ones(served, fake, model, monkeypatch):
     served.sync(model)
     changed(model)
     served.sync(model)
     undisturbed = ids_of(write(served, requests_of()))
     fake.stop()
     fake.restart()
-    served._fleet._client._away[fake.url] = 0.0  # as a request would have found
-    assert ids_of(write(served, requests_of())) == undisturbed
+    assert ids_of(write(served, requests_of())) == undisturbed  # told by its version
+    monkeypatch.setattr(VLLMEngine, "_is_present", lambda *_: True)
     fake.stop()
-    fake.restart()  # the control: nobody has noticed
-    assert ids_of(write(served, requests_of())) != undisturbed
+    fake.restart()
+    assert ids_of(write(served, requests_of())) != undisturbed  # the control
+
+
+def test_a_server_that_two_runs_use_is_told(served, fake, model, folder):
+    other = VLLMEngine(Servers(urls=[fake.url]))
+    served.sync(model)
+    other.sync(model)
+    right = fake.answer
+
+    def quarrel(path, body):
+        answer = right(path, body)
+        fake.version = "another's"
+        return answer
+
+    fake.answer = quarrel
+    with pytest.raises(ServerError, match=f"{fake.url} loses the student's weights again"):
+        write(served, requests_of())
+    other.close()
 
 
 def test_equal_prompts_share_a_server_and_others_are_dealt_out(folder, model):

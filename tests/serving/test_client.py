@@ -85,7 +85,8 @@ def test_a_fault_that_passes_changes_no_answer(fake, kind):
     fake.faults.append(Fault(kind, times=2))
     assert client(fake.url).ask(questions(5)) == undisturbed
     assert sum(fault.times for fault in fake.faults) == 0
-    assert 5 <= len(fake.log) - asked <= 7  # those that failed were asked again, and no others
+    most = 15 if kind == "hangs up" else 7  # after an outage the others are in doubt too
+    assert 5 <= len(fake.log) - asked <= most  # those that failed were asked again, and no others
 
 
 @pytest.mark.parametrize(
