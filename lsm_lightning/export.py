@@ -126,12 +126,31 @@ def write_student(
     Raises:
         ConfigurationError: The weights are not the model's, or the folder cannot be written.
     """
+    generation = _generation_config(tokenizer, turn_end, sampling)
+    write_weights(folder, student, weights, card=card, generation=generation, tokenizer=tokenizer)
+
+
+def write_weights(
+    folder: Path,
+    student: PreTrainedModel,
+    weights: Mapping[str, Tensor],
+    *,
+    card: str,
+    generation: GenerationConfig | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """As `write_student`, where generation settings and tokenizer are known to whoever reads the folder.
+
+    Raises:
+        ConfigurationError: The weights are not the model's, or the folder cannot be written.
+    """
     model = _filled(student, weights)
-    model.generation_config = _generation_config(tokenizer, turn_end, sampling)
+    model.generation_config = generation or model.generation_config
     try:
         with _replaced(folder) as fresh:
             model.save_pretrained(fresh)
-            tokenizer.save_pretrained(fresh)
+            if tokenizer is not None:
+                tokenizer.save_pretrained(fresh)
             (fresh / "README.md").write_text(card)
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"The folder '{folder}' cannot be written: {error}") from error

@@ -30,6 +30,7 @@ from lsm_lightning.export import write_student
 from lsm_lightning.masks import LossMask, MaskPolicy, kept, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
+from lsm_lightning.objectives.base import SAMPLER_GAP
 from lsm_lightning.objectives.head import check_head
 from lsm_lightning.pretrained import (
     DType,
@@ -115,6 +116,9 @@ class OnPolicyDistillation(LightningModule):
             much less memory, about a third more time.
         compile_layers: Compile the student's layers (torch.compile); pays in long runs on a GPU.
         chat_template: A jinja2 template that replaces the student tokenizer's own.
+        sampler_gap_bound: Nats by which the student's log-probs of the sampled tokens may differ on average from those
+            they were sampled with, before a warning tells it (`train/sampler_gap` is logged at every step): 1e-6 is
+            rounding in float32, some hundredths in bfloat16; more means another student's tokens, or dropout.
         seed: Of the rollouts; the command line links it to `seed_everything`.
     """
 
@@ -140,6 +144,7 @@ class OnPolicyDistillation(LightningModule):
         activation_checkpointing: bool = False,
         compile_layers: bool = False,
         chat_template: str | None = None,
+        sampler_gap_bound: float = 0.1,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -149,6 +154,8 @@ class OnPolicyDistillation(LightningModule):
                 f"model.micro_batch_tokens={micro_batch_tokens} and model.gradient_clip={gradient_clip}: both must be "
                 "positive (a very large gradient_clip leaves gradients alone)."
             )
+        if not sampler_gap_bound > 0:
+            raise ConfigurationError(f"model.sampler_gap_bound={sampler_gap_bound:g}: use a positive number of nats.")
         self.student_name = student
         self.teachers = teachers
         self.objective = LocalSupportMatching() if objective is PAPERS_OBJECTIVE else objective
@@ -174,6 +181,8 @@ class OnPolicyDistillation(LightningModule):
         self.activation_checkpointing = activation_checkpointing
         self.compile_layers = compile_layers
         self.chat_template = chat_template
+        self.sampler_gap_bound = sampler_gap_bound
+        self._gap_told = False
         self.seed = seed
         self.half_updated = False
         """While the optimiser is at work: what it leaves behind when it fails is no state to go on from."""
@@ -239,6 +248,7 @@ class OnPolicyDistillation(LightningModule):
                     respell=self.mask == "repair",
                     tokens=self.objective.teacher_tokens,
                     device=self.trainer.strategy.root_device,
+                    added=self.objective.student_tokens,
                 )
 
     def _load_student(self) -> PreTrainedModel:
@@ -290,6 +300,11 @@ class OnPolicyDistillation(LightningModule):
         if self._restored is not None:
             restore_random_states(self._restored, self.device)
             self._restored = None
+
+    def teardown(self, stage: str) -> None:
+        """End servers that were started."""
+        for held in (self.engine, *self.teachers.values()):
+            held.close()
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
@@ -534,12 +549,29 @@ class OnPolicyDistillation(LightningModule):
         }
         metrics = {f"{task}/{name}": value for name, value in global_means(sums, self._total).items()}
         metrics[f"{task}/train/gradient_norm"] = gradient_norm
+        largest = self._over_processes(torch.tensor(totals.largest_sampler_gap), "max")
+        metrics[f"{task}/train/sampler_gap_max"] = float(largest)
+        self._watch_sampler(metrics.get(f"{task}/train/{SAMPLER_GAP}", 0.0))
         metrics["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict(metrics, batch_size=1, logger=False)
         # Past Lightning's logging, which would repeat the other tasks' last values at this step.
         for logger in self.loggers:
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
+
+    def _watch_sampler(self, gap: float) -> None:
+        """Warn once where what wrote the rollouts was not the student as it is."""
+        if gap <= self.sampler_gap_bound or self._gap_told:
+            return
+        self._gap_told = True
+        if self.trainer.is_global_zero:
+            log.warning(
+                "Rollouts were sampled with log-probs that differ from the student's by %.2g nats on average "
+                "(model.sampler_gap_bound=%g): with old weights, cached prompts of old weights, another precision, or "
+                "without the student's dropout. Told once; train/sampler_gap shows every step.",
+                gap,
+                self.sampler_gap_bound,
+            )
 
     def save_student(self, folder: Path, card: str) -> None:
         """Write the student in transformers format, see `write_student`; all processes call it together.

@@ -103,13 +103,21 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         yield name.replace(".base_layer.", "."), value
 
 
-def plain_state_dict(model: PreTrainedModel) -> dict[str, Tensor]:
-    """`merged_parameters` and persistent buffers, on the CPU; of sharded weights in the first process only, others get
-    nothing. All processes call it together."""
-    first = not distributed.is_initialized() or distributed.get_rank() == 0
-    weights = {name: value.cpu() for name, value in merged_parameters(model) if first}
+def plain_state_dict(
+    model: PreTrainedModel, *, keep: bool | None = None, dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """`merged_parameters` and persistent buffers, on the CPU; all processes call it together.
+
+    Args:
+        model: The student, sharded or not.
+        keep: Whether this process gets them, or nothing; by default the first does.
+        dtype: That parameters are converted to; None: they keep theirs.
+    """
+    if keep is None:
+        keep = not distributed.is_initialized() or distributed.get_rank() == 0
+    weights = {name: value.to("cpu", dtype) for name, value in merged_parameters(model) if keep}
     buffers = dict(model.named_buffers())
-    return weights | {name: value.cpu() for name, value in model.state_dict().items() if first and name in buffers}
+    return weights | {name: value.cpu() for name, value in model.state_dict().items() if keep and name in buffers}
 
 
 def is_adapters(name: str) -> bool:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, spans
 from lsm_lightning.objectives import Objective, Positions
+from lsm_lightning.objectives.base import SAMPLER_GAP
 from lsm_lightning.objectives.head import NORMALISER_ELEMENTS, OutputHead
 from lsm_lightning.types import Support, Turn
 
@@ -26,6 +27,8 @@ class StepTotals:
     """Already weighed: over all processes this is the step's loss."""
     metrics: dict[str, tuple[float, int]] = field(default_factory=dict)
     """Sum and number of values."""
+    largest_sampler_gap: float = 0.0
+    """Nats, at the watched positions."""
 
 
 def micro_batches(turns: Sequence[Turn], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
@@ -86,6 +89,8 @@ def accumulate_gradients(
         for name, values in loss.metrics.items():
             total, count = totals.metrics.get(name, (0.0, 0))
             totals.metrics[name] = total + values.sum().item(), count + len(values)
+            if name == SAMPLER_GAP and len(values):
+                totals.largest_sampler_gap = max(totals.largest_sampler_gap, values.max().item())
     return totals
 
 

@@ -40,7 +40,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lsm_lightning.objectives.functional import support_divergence
 from lsm_lightning.objectives.head import OutputHead, gather_logits
-from lsm_lightning.teacher.local import LOGITS_AT_ONCE
+from lsm_lightning.teacher.scoring import LOGITS_AT_ONCE
 from lsm_lightning.teacher.translation import Translation
 from tokenalign import VocabMap
 

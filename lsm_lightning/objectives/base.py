@@ -11,6 +11,9 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
 
+SAMPLER_GAP = "sampler_gap"
+"""Nats between the student's log-prob of a token and the one it was sampled with."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Positions:
@@ -39,9 +42,17 @@ class Loss:
     """Further numbers, without gradient, at all positions or at some, to be averaged and logged."""
 
 
+@torch.no_grad()
 def student_metrics(head: OutputHead, positions: Positions) -> dict[str, Float[Tensor, " _"]]:
-    """What is logged of the student by itself, whatever it is compared with, at the watched positions."""
-    return {"student_entropy": head.entropy(positions.hidden[positions.watched])}
+    """What is logged of the student by itself, whatever it is compared with, at the watched positions.
+
+    That is its entropy, and by how much its log-prob of the sampled token differs from that of the sampler.
+    """
+    hidden, sampled = positions.hidden[positions.watched], positions.sampled[positions.watched]
+    entropy, normaliser = head.entropy_and_normaliser(hidden)
+    log_probs = head.logits(hidden, sampled.unsqueeze(-1)).squeeze(-1) - normaliser
+    sampler = positions.sampler_log_probs[positions.watched].to(log_probs.dtype)
+    return {"student_entropy": entropy, SAMPLER_GAP: (log_probs - sampler).abs()}
 
 
 @torch.no_grad()

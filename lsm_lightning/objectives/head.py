@@ -228,16 +228,17 @@ class OutputHead:
         )
 
     @torch.no_grad()
-    def entropy(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, " n"]:
-        """Nats, of the distribution over the whole vocabulary; tile by tile as the normaliser, without gradient."""
-        parts = []
+    def entropy_and_normaliser(self, hidden: Float[Tensor, "n d"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
+        """Of the distribution over the whole vocabulary, both in nats; tile by tile, in one pass, without gradient."""
+        entropies, normalisers = [], []
         for block, tiles in self._blocks(hidden):
             masses, within = (
                 torch.stack(of_all) for of_all in zip(*(t._tile_entropy(block) for t in tiles), strict=True)
             )
             shares = masses.softmax(0)
-            parts.append((torch.special.entr(shares) + shares * within).sum(0))
-        return torch.cat(parts)
+            entropies.append((torch.special.entr(shares) + shares * within).sum(0))
+            normalisers.append(masses.logsumexp(0))
+        return torch.cat(entropies), torch.cat(normalisers)
 
     def all_logits(self, hidden: Float[Tensor, "n d"], *, exact: bool = False) -> Float[Tensor, "n v"]:
         """Logits of the whole vocabulary, for callers that take a few rows at a time.

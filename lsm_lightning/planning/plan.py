@@ -16,7 +16,7 @@ from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.planning.hardware import Device, cpu, gpu
-from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, rehearse
+from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, rehearse, served
 from lsm_lightning.pretrained import check_model, locate
 from lsm_lightning.rollout import LocalEngine
 from lsm_lightning.tasks.base import Task
@@ -61,6 +61,8 @@ class Plan:
     tasks: list[TaskPlan]
     advice: list[str]
     """What to change so that it fits; empty where it does."""
+    served: list[str]
+    """What is done elsewhere, and is left out."""
 
     @property
     def peak(self) -> tuple[str, Phase]:
@@ -117,7 +119,9 @@ def plan(
         seconds = _seconds(rehearsal.phases, device)
         tasks.append(TaskPlan(task=name, lengths=lengths, rehearsal=rehearsal, seconds=seconds))
     advice = _advice(module, tasks, machine, USABLE * device.memory)
-    return Plan(student=module.student_name, device=device, machine=machine, tasks=tasks, advice=advice)
+    return Plan(
+        student=module.student_name, device=device, machine=machine, tasks=tasks, advice=advice, served=served(module)
+    )
 
 
 def machine_of(trainer: Mapping[str, Any]) -> Machine:
@@ -232,15 +236,17 @@ def _ways(
 def _smaller(module: OnPolicyDistillation, of_task: TaskPlan, phase: str, share: float) -> str:
     """A smaller batch, or where it holds one sequence already, a shorter one."""
     lengths, teacher, engine = of_task.lengths, module.teachers[of_task.task], module.engine
-    assert isinstance(engine, LocalEngine)
-    assert isinstance(teacher, LocalTeacher)
     of_teacher = f"model.teachers.{of_task.task}.init_args"
-    setting, rows, unit = {
-        "rollout": ("model.engine.init_args.batch_size", min(engine.batch_size, lengths.episodes), 1),
-        "evaluation": (f"{of_teacher}.batch_size", min(teacher.batch_size, lengths.test_episodes), 1),
-        "teacher": (f"{of_teacher}.batch_tokens", lengths.rows(teacher.batch_tokens), lengths.sequence),
-        "update": ("model.micro_batch_tokens", lengths.rows(module.micro_batch_tokens), lengths.sequence),
-    }[phase]
+    setting, rows, unit = "model.micro_batch_tokens", lengths.rows(module.micro_batch_tokens), lengths.sequence
+    if phase == "rollout":
+        assert isinstance(engine, LocalEngine)
+        setting, rows, unit = "model.engine.init_args.batch_size", min(engine.batch_size, lengths.episodes), 1
+    elif phase != "update":
+        assert isinstance(teacher, LocalTeacher)
+        setting, rows, unit = {
+            "evaluation": (f"{of_teacher}.batch_size", min(teacher.batch_size, lengths.test_episodes), 1),
+            "teacher": (f"{of_teacher}.batch_tokens", lengths.rows(teacher.batch_tokens), lengths.sequence),
+        }[phase]
     fitting = math.floor(rows * share)
     if fitting >= 1:
         return f"lower {setting} to {fitting * unit} (from {rows * unit})"
@@ -256,8 +262,7 @@ def _smaller(module: OnPolicyDistillation, of_task: TaskPlan, phase: str, share:
 def _lighter(module: OnPolicyDistillation, phase: Phase, machine: Machine, limit: float) -> Iterator[str]:
     """Ways to make what stands in memory whatever the batches smaller, each with what it saves."""
     replica, student = phase.bytes.get("rollout replica", 0), sum(phase.bytes.get(kind, 0) for kind in STUDENT)
-    assert isinstance(module.engine, LocalEngine)
-    if replica and module.engine.dtype not in ("bfloat16", "float16"):
+    if replica and isinstance(module.engine, LocalEngine) and module.engine.dtype not in ("bfloat16", "float16"):
         yield f"model.engine.init_args.dtype=bfloat16 saves up to {replica / 2 / GIB:.2f} GiB"
     for name, teacher in module.teachers.items():
         if isinstance(teacher, LocalTeacher) and teacher.dtype in ("auto", "float32"):

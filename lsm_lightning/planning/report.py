@@ -33,6 +33,8 @@ def show(plan: Plan, console: Console) -> None:
     )
     if machine.gpu:
         console.print(f"While it loads, a process takes {first.host / GIB:.1f} GiB of the machine's memory.")
+    if plan.served:
+        console.print(f"Without {', '.join(plan.served)}: servers have devices, memory and time of their own.")
     for line in plan.advice:
         console.print(f"- {line}")
 

@@ -8,6 +8,7 @@ No formula here knows an architecture. What is assumed instead:
 - Kernels need no memory of their own, and an allocator loses none (on a CPU, glibc's may hold back half as much again
   unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted.
 - Packing is planned as padding: the tokens are as many.
+- What servers do is left out, since they have devices of their own (`served` names it).
 """
 
 import math
@@ -29,13 +30,13 @@ from lsm_lightning.objectives import Positions, head
 from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
-from lsm_lightning.rollout import Engine, LocalEngine, Sampling
+from lsm_lightning.rollout import Engine, LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout.batch import more_columns
 from lsm_lightning.rollout.cache import RowCache, RowLayer
 from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.sharding import decoder_layers
-from lsm_lightning.teacher import LocalTeacher, Teacher
-from lsm_lightning.teacher.local import LOGITS_AT_ONCE
+from lsm_lightning.teacher import LocalTeacher, ServedTeacher, Teacher
+from lsm_lightning.teacher.scoring import LOGITS_AT_ONCE
 from lsm_lightning.types import Support
 from lsm_lightning.update import WATCHED_POSITIONS
 
@@ -138,17 +139,16 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         task: Whose teacher scores. All teachers are in memory.
 
     Raises:
-        ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of another kind than
-            those that run in this process.
+        ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of an unknown kind.
     """
     if module.quantization is not None:
         raise ConfigurationError("A plan does not know model.quantization: leave it out, and what it saves with it.")
-    others: list[Engine | Teacher] = [] if isinstance(module.engine, LocalEngine) else [module.engine]
-    others += [teacher for teacher in module.teachers.values() if not isinstance(teacher, LocalTeacher)]
-    if others:
+    asked: list[Engine | Teacher] = [module.engine, *module.teachers.values()]
+    known = (LocalEngine, LocalTeacher, VLLMEngine, ServedTeacher)
+    if others := [type(one).__name__ for one in asked if not isinstance(one, known)]:
         raise ConfigurationError(
-            f"A plan knows LocalEngine and LocalTeacher, not {type(others[0]).__name__}: put the local class in its "
-            "place, and leave out of the plan what it takes."
+            f"A plan knows this package's engines and teachers, not {others[0]}: put a local one in its place, and "
+            "leave out of the plan what it takes."
         )
     watch = Watch()
     with watch.pretend():
@@ -159,6 +159,14 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         step.score(task)
         step.update()
     return step.result
+
+
+def served(module: OnPolicyDistillation) -> list[str]:
+    """What is done by servers, and is no part of a plan."""
+    rollouts = ["rollouts"] if isinstance(module.engine, VLLMEngine) else []
+    return rollouts + [
+        f"the {name} teacher" for name, teacher in module.teachers.items() if isinstance(teacher, ServedTeacher)
+    ]
 
 
 class _Step:
@@ -187,7 +195,8 @@ class _Step:
         host = watch.live["student weights"] * own.itemsize // dtype.itemsize
         self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
         for name, teacher in module.teachers.items():
-            assert isinstance(teacher, LocalTeacher)
+            if not isinstance(teacher, LocalTeacher):
+                continue
             before = watch.live["teachers' weights"]
             with watch.label("teachers' weights"):
                 self.teachers[name] = (
@@ -208,7 +217,8 @@ class _Step:
     def evaluate(self, task: str) -> None:
         """The teacher plays the test split, before the first step."""
         teacher = self.module.teachers[task]
-        assert isinstance(teacher, LocalTeacher)
+        if not isinstance(teacher, LocalTeacher):
+            return
         self.watch.restart()
         if rows := min(teacher.batch_size, self.lengths.test_episodes):
             waiting = self.lengths.test_episodes > rows
@@ -230,7 +240,8 @@ class _Step:
     def rollout(self) -> None:
         """The first prompts, and the last token of answers that are as long as can be."""
         engine, lengths = self.module.engine, self.lengths
-        assert isinstance(engine, LocalEngine)
+        if not isinstance(engine, LocalEngine):
+            return
         self.watch.restart()
         with self.watch.label("rollout replica"):
             dtype = self.student.dtype if engine.dtype == "auto" else getattr(torch, engine.dtype)
@@ -251,8 +262,10 @@ class _Step:
 
     def score(self, task: str) -> None:
         """The task's teacher reads what was written."""
-        teacher, model, lengths = self.module.teachers[task], self.teachers[task], self.lengths
-        assert isinstance(teacher, LocalTeacher)
+        teacher, lengths = self.module.teachers[task], self.lengths
+        if not isinstance(teacher, LocalTeacher):
+            return
+        model = self.teachers[task]
         self.watch.restart()
         with torch.no_grad(), self.watch.label("teacher's activations"):
             hidden = hidden_states(model, self._batch(lengths.rows(teacher.batch_tokens)))

@@ -2,5 +2,6 @@
 
 from lsm_lightning.rollout.base import Engine, Sampling
 from lsm_lightning.rollout.local import LocalEngine
+from lsm_lightning.rollout.vllm import VLLMEngine
 
-__all__ = ["Engine", "LocalEngine", "Sampling"]
+__all__ = ["Engine", "LocalEngine", "Sampling", "VLLMEngine"]

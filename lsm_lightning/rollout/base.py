@@ -77,3 +77,6 @@ class Engine(ABC):
     def room(self, prompt_tokens: int) -> int | None:
         """How many tokens fit into the model's context behind a prompt; below 1 is none, None is no limit."""
         return None
+
+    def close(self) -> None:  # noqa: B027 - many hold nothing
+        """Give back what the engine holds outside this process; another `sync` brings it back."""

@@ -2,5 +2,6 @@
 
 from lsm_lightning.teacher.base import Teacher
 from lsm_lightning.teacher.local import LocalTeacher
+from lsm_lightning.teacher.served import ServedTeacher
 
-__all__ = ["LocalTeacher", "Teacher"]
+__all__ = ["LocalTeacher", "ServedTeacher", "Teacher"]

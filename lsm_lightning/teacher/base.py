@@ -39,6 +39,7 @@ class Teacher(ABC):
         respell: bool,
         tokens: int | None,
         device: torch.device,
+        added: int = 0,
     ) -> None:
         """Load or reach the model and compare tokenizers; called once, before the first step.
 
@@ -49,6 +50,7 @@ class Teacher(ABC):
                 stand.
             tokens: How many of its top tokens `score` is going to be asked for; None: all that both sides have.
             device: Where supports are wanted.
+            added: How many further ids at a position `score` is going to be asked about, besides the sampled token.
 
         Raises:
             ConfigurationError: The teacher cannot score this student's tokens.
@@ -67,3 +69,6 @@ class Teacher(ABC):
     @abstractmethod
     def player(self, sampling: Sampling) -> Player:
         """The teacher as a writer of answers, to measure how good it is."""
+
+    def close(self) -> None:  # noqa: B027 - many hold nothing
+        """Give back what the teacher holds outside this process."""

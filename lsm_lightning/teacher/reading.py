@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from lsm_lightning.batching import padded_responses
+from lsm_lightning.batching import padded_responses, spans
 from lsm_lightning.types import Turn
 from tokenalign import Pair
 
@@ -21,6 +21,13 @@ class Reading:
     """Per turn the teacher's ids."""
     position: list[Int[Tensor, " _"]]
     """Per turn, for each of the student's tokens, the teacher's token that starts at the same place; -1 for none."""
+
+    def position_in(self, group: Sequence[int]) -> Int[Tensor, " n"]:
+        """`position` of some turns end to end, counted over all of the group's responses."""
+        starts = [places.start for places in spans([len(self.responses[i]) for i in group])]
+        parts = [(self.position[i], start) for i, start in zip(group, starts, strict=True)]
+        moved = [torch.where(position < 0, -1, position + start) for position, start in parts]
+        return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
 
 
 def as_it_stands(turns: Sequence[Turn], rows: int) -> Reading:

@@ -119,11 +119,12 @@ def test_log_normaliser_and_its_gradient_are_those_of_logsumexp(monkeypatch, hea
 def test_the_entropy_is_that_of_the_whole_distribution(monkeypatch, head, elements, positions):
     monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
     monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
-    assert head.entropy(inputs(n=0)[0]).shape == (0,)
+    assert head.entropy_and_normaliser(inputs(n=0)[0])[0].shape == (0,)
     for n in (1, 9):
         hidden = inputs(n=n)[0]
-        entropy = head.entropy(hidden)
+        entropy, normaliser = head.entropy_and_normaliser(hidden)
         assert not entropy.requires_grad
+        assert_close(normaliser, head.all_logits(hidden).logsumexp(-1).detach())
         assert_close(entropy, torch.distributions.Categorical(logits=head.all_logits(hidden)).entropy().detach())
 
 
@@ -133,9 +134,11 @@ def test_the_entropy_of_a_choice_and_of_none(monkeypatch, elements):
     weight, bias = torch.zeros(20, 6, dtype=torch.float64), torch.full((20,), -torch.inf, dtype=torch.float64)
     bias[[3, 7]] = 5.0  # and nothing but these two can be written
     hidden = drawn(2, 6)
-    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden).exp(), torch.full((2,), 2.0).double())
+    assert_close(
+        OutputHead(weight=weight, bias=bias).entropy_and_normaliser(hidden)[0].exp(), torch.full((2,), 2.0).double()
+    )
     bias[3] = -torch.inf
-    assert_close(OutputHead(weight=weight, bias=bias).entropy(hidden), torch.zeros(2).double())
+    assert_close(OutputHead(weight=weight, bias=bias).entropy_and_normaliser(hidden)[0], torch.zeros(2).double())
 
 
 def test_no_position_has_no_normaliser():
@@ -350,7 +353,7 @@ def test_the_entropy_makes_no_more_logits_at_once_than_the_normaliser(monkeypatc
         monkeypatch.setattr(head_module, "NORMALISER_POSITIONS", positions)
         monkeypatch.setattr(head_module, "NORMALISER_ELEMENTS", elements)
         with tensor_sizes() as sizes:
-            head.entropy(hidden)
+            head.entropy_and_normaliser(hidden)
         return sizes.largest
 
     assert largest_with(40, 2 * v) <= v * d  # the weight

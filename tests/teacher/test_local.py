@@ -16,7 +16,7 @@ from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.pretrained import load_model, load_tokenizer, render
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.teacher import LocalTeacher
-from lsm_lightning.teacher import local as local_module
+from lsm_lightning.teacher import scoring as scoring_module
 from lsm_lightning.types import Support
 from lsm_lightning.update import accumulate_gradients
 
@@ -128,7 +128,7 @@ def test_batching_changes_nothing(either, turns, monkeypatch, batch_tokens):
 @pytest.mark.parametrize("logits", [1, 1000, 5000], ids="logits={}".format)
 def test_chunks_of_logits_change_nothing(either, turns, monkeypatch, logits):
     whole = asked(either, turns, sampled_ids(turns)[:, None])
-    monkeypatch.setattr(local_module, "LOGITS_AT_ONCE", logits)
+    monkeypatch.setattr(scoring_module, "LOGITS_AT_ONCE", logits)
     assert_same_support(asked(either, turns, sampled_ids(turns)[:, None]), whole)
 
 
@@ -155,11 +155,11 @@ def test_logits_of_the_whole_vocabulary_never_exist_for_all_positions(
     long = [turn_of(turn, random_ids(seed=i, length=60)) for i, turn in enumerate(turns)]
     for respell in (False, True):
         teacher = teacher_at(tmp_path, student_tokenizer, respell=respell)
-        monkeypatch.setattr(local_module, "LOGITS_AT_ONCE", 4 * rows)
+        monkeypatch.setattr(scoring_module, "LOGITS_AT_ONCE", 4 * rows)
         with tensor_sizes() as sizes:
             asked(teacher, long)
         assert sizes.largest <= 8 * rows  # the embedding is that large
-        monkeypatch.setattr(local_module, "LOGITS_AT_ONCE", 2**23)
+        monkeypatch.setattr(scoring_module, "LOGITS_AT_ONCE", 2**23)
         with tensor_sizes() as sizes:
             asked(teacher, long)
         assert sizes.largest == len(sampled_ids(long)) * rows  # the watch can see them

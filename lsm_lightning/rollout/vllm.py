@@ -1,0 +1,290 @@
+"""A rollout engine on vLLM servers, which take over the student's weights after each step."""
+
+import shutil
+import weakref
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import mkdtemp
+from uuid import uuid4
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+# As a module: it imports this package too.
+from lsm_lightning import export
+from lsm_lightning.batching import TokenBatch, hidden_states
+from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
+from lsm_lightning.objectives.head import OutputHead
+from lsm_lightning.pretrained import DType
+from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.serving import protocol
+from lsm_lightning.serving.client import Question, ServerError
+from lsm_lightning.serving.fleet import Fleet, Servers
+from lsm_lightning.serving.processes import gather, together
+from lsm_lightning.student import plain_state_dict
+from lsm_lightning.types import Completion
+
+PROBES, PROBE_TOKENS, PROBE_TOP = 4, 160, 8
+"""So many texts of so many tokens, which is more than a block of any prefix cache, and so many of the most probable
+tokens after each tell whose weights a server has."""
+RENEWING = "to take over new weights"
+"""What a server fails to do, in an error."""
+
+
+class VLLMEngine(Engine):
+    """Generates on vLLM servers, on GPUs of their own or on a CPU.
+
+    After each step the student is written to a folder, from which the servers load it: they finish what they are at,
+    load, forget the prompts that they have cached, and go on; a few next tokens tell whether they have done so. Servers
+    that are there need vLLM 0.32 or newer, the student's configuration and VLLM_SERVER_DEV_MODE=1, and those on other
+    machines must see `folder`.
+
+    Sampling is vLLM's: a text follows from the weights, the prompt and its seed as far as vLLM computes the same logits
+    whatever else is in a batch.
+
+    Args:
+        servers: Which ones, and how patiently they are asked.
+        folder: Where weights go on their way to the servers; a temporary one, if not given.
+        dtype: Of the weights that are written and of a server that is started; `auto` is the student's own.
+        tolerance: Nats by which the servers' log-probs may differ from the student's, on average, right after they have
+            taken over its weights. Rounding makes it some 1e-5 in float32 and some hundredths in bfloat16.
+    """
+
+    def __init__(
+        self, servers: Servers, folder: str | None = None, dtype: DType = "auto", tolerance: float = 0.25
+    ) -> None:
+        if not tolerance > 0:
+            raise ConfigurationError(f"VLLMEngine(tolerance={tolerance:g}): use a positive number of nats.")
+        self.servers = servers
+        self.folder = folder
+        self.dtype: DType = dtype
+        self.tolerance = tolerance
+        self._fleet = Fleet(servers, self._renewed)
+        self._scratch: weakref.finalize | None = None
+        self._weights: Path | None = None
+        self._probe: _Probe | None = None
+        self._run, self._syncs = "", 0
+
+    @classmethod
+    def around(cls, fleet: Fleet) -> "VLLMEngine":
+        """An engine that writes with what servers have, and changes nothing there: for frozen models such as a teacher.
+
+        Args:
+            fleet: Is open, and closed by others.
+        """
+        engine = cls(fleet.settings)
+        engine._fleet = fleet
+        return engine
+
+    def sync(self, model: PreTrainedModel) -> None:
+        """Have the servers take over the weights, adapters merged, sharded ones gathered; the first call finds them.
+
+        Raises:
+            ServerError: A server cannot be reached, does not do its part, or answers with other weights afterwards.
+            TrainingDivergedError: The weights give log-probs that are not finite.
+        """
+        probe = _Probe.of(model)
+        fleet = self._fleet
+        fresh = not fleet.is_open
+        if fresh:
+            fleet.find_place()
+        dtype = model.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        weights = plain_state_dict(model, keep=fleet.place.is_first_here, dtype=dtype)
+        if fresh:
+            self._agree()
+        together(lambda: self._write(model, weights))
+        del weights
+        if fresh:
+            fleet.open(self._options(model, dtype))
+        former, self._probe = self._probe, probe
+        self._syncs += 1
+        together(lambda: self._renew_all(former))
+
+    def generate(
+        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+    ) -> list[Completion]:
+        """See `Engine.generate`.
+
+        Raises:
+            ConfigurationError: A prompt and the longest answer exceed the servers' context.
+            ServerError: A request was not answered.
+        """
+        assert self._fleet.model is not None, "sync() comes before generate()"
+        _check_context(self._fleet.model.context, requests, max_new_tokens)
+        # Equal prompts go to one server, which caches them.
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.ids) for request in requests))}
+        name = self._fleet.model.name
+
+        def question(place: int, request: Request) -> Question[Completion]:
+            return Question(
+                what=f"answer {place + 1} of {len(requests)}",
+                path=protocol.COMPLETIONS,
+                body=protocol.writing(name, request, sampling, max_new_tokens, turn_end),
+                read=lambda answer: protocol.read_written(answer, request, max_new_tokens, turn_end),
+            )
+
+        questions = [(number[tuple(request.ids)], question(place, request)) for place, request in enumerate(requests)]
+        for _ in range(self.servers.attempts):
+            answers = self._fleet.ask(questions)
+            lost = [url for url in self._fleet.answered if self._probe is not None and not self._is_present(url)]
+            if not lost:
+                return answers
+            for url in lost:
+                self._renewed(url)
+        raise ServerError(f"The server {lost[0]} loses the student's weights again and again: look into its log.")
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._fleet.close()
+        if self._scratch is not None:
+            self._scratch()
+        self._scratch = self._weights = self._probe = None
+        self._syncs = 0
+
+    # ---- weights ----------------------------------------------------------------------------------------------------
+
+    @property
+    def _version(self) -> str:
+        """By which a server tells that it has these weights; one that was started again has forgotten it."""
+        return f"{self._run}-{self._syncs}"
+
+    def _agree(self) -> None:
+        """On a name for this run, and on the folder of this machine's first process."""
+        place, folder = self._fleet.place, self.folder
+        if folder is None and place.is_first_here:
+            folder = mkdtemp(prefix="lsm-lightning-weights-")
+            self._scratch = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        folder = gather(folder)[place.first_here]
+        assert folder is not None
+        self._weights = Path(folder).expanduser().resolve() / f"student-{place.first_here}"
+        self._run = gather(uuid4().hex)[0]
+
+    def _write(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
+        assert self._weights is not None
+        if self._fleet.place.is_first_here:
+            export.write_weights(self._weights, model, weights, card="The weights of a run that goes on.\n")
+
+    def _options(self, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
+        options = {
+            "--model": str(self._weights),
+            "--tokenizer": model.name_or_path,
+            "--served-model-name": "student",
+            "--dtype": str(dtype).removeprefix("torch."),
+        }
+        return [word for option in options.items() for word in option]
+
+    def _renew_all(self, former: "_Probe | None") -> None:
+        for url in self._fleet.kept:
+            self._renew(url, former)
+
+    def _renewed(self, url: str) -> bool:
+        """Give a server that was away the present weights again."""
+        self._renew(url, None)
+        return True
+
+    def _renew(self, url: str, former: "_Probe | None") -> None:
+        """Have a server load the weights, and make sure that it has."""
+        steps: dict[str, dict[str, object]] = {
+            "/pause?mode=wait": {},
+            "/collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
+            "/reset_prefix_cache": {},
+            "/update_weight_version": {"new_version": self._version},
+            "/resume": {},
+        }
+        for _ in range(self.servers.attempts):
+            for path, body in steps.items():
+                self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
+            self._check(url, former)
+            if self._is_present(url):
+                return
+        raise ServerError(
+            f"The server {url} loses the student's weights again and again: does another run use it, or does it start "
+            "anew all the time?"
+        )
+
+    def _is_present(self, url: str) -> bool:
+        """Whether a server has the present weights by its own account."""
+        version: str = self._fleet.ask_at(
+            url, Question(what=RENEWING, path="/weight_info", read=lambda answer: str(answer["weight_version"]))
+        )
+        return version == self._version
+
+    def _check(self, url: str, former: "_Probe | None") -> None:
+        """Compare a server's next tokens with those of the student as it is, and as it was before."""
+        assert self._probe is not None
+        told = self._told(url, self._probe)
+        gap = self._probe.gap(told)
+        before = torch.inf if former is None else former.gap(told)
+        if not gap <= self.tolerance or before < gap / 2:
+            whose = f", and by {before:.2g} nats from those before" if before < gap else ""
+            raise ServerError(
+                f"The server {url} was told to load the weights in {self._weights}, and its log-probs differ from the "
+                f"student's by {gap:.2g} nats{whose} (tolerance={self.tolerance:g}). It has to be started with the "
+                "student's configuration and see this folder."
+            )
+
+    def _told(self, url: str, probe: "_Probe") -> list[dict[int, float]]:
+        assert self._fleet.model is not None
+        name = self._fleet.model.name
+
+        def question(ids: list[int]) -> Question[dict[int, float]]:
+            return Question(
+                what=RENEWING,
+                path=protocol.COMPLETIONS,
+                body=protocol.next_tokens(name, ids, PROBE_TOP),
+                read=lambda answer: protocol.read_next_tokens(answer, ids, PROBE_TOP),
+            )
+
+        return [self._fleet.ask_at(url, question(ids)) for ids in probe.texts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Probe:
+    """What a model says after some texts of random tokens."""
+
+    texts: list[list[int]]
+    log_probs: Float[Tensor, "p v"]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PreTrainedModel) -> "_Probe":
+        """All processes call it together."""
+        rows = len(model.get_output_embeddings().weight)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        length = PROBE_TOKENS if limit is None else min(PROBE_TOKENS, limit - 1)
+        texts = np.random.default_rng(0).integers(rows, size=(PROBES, length)).tolist()
+        training = model.training
+        model.eval()
+        with torch.autocast(model.device.type, enabled=False):
+            hidden = hidden_states(model, TokenBatch.pad(texts, [[0]] * PROBES, model.device))
+            log_probs = OutputHead.of(model).all_logits(hidden, exact=True).log_softmax(-1)
+        model.train(training)
+        if not log_probs.isfinite().all():
+            raise TrainingDivergedError(
+                "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
+                "from an earlier checkpoint. Or its weights are broken."
+            )
+        return cls(texts=texts, log_probs=log_probs.float().cpu())
+
+    def gap(self, told: Sequence[Mapping[int, float]]) -> float:
+        """Mean absolute difference from what a server says, in nats."""
+        differences = [
+            abs(value - self.log_probs[text, token].item())
+            for text, of_text in enumerate(told)
+            for token, value in of_text.items()
+        ]
+        return sum(differences) / len(differences)
+
+
+def _check_context(limit: int, requests: Sequence[Request], max_new_tokens: int) -> None:
+    longest = max((len(request.ids) for request in requests), default=0)
+    if longest + max_new_tokens > limit:
+        raise ConfigurationError(
+            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the server's context of {limit} "
+            "tokens. Lower the task's max_new_tokens, shorten its prompt, or start it with a larger --max-model-len."
+        )

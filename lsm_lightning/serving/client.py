@@ -1,0 +1,183 @@
+"""Questions to inference servers: many at once, each asked again after a failure, every answer checked."""
+
+import asyncio
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import aiohttp
+
+from lsm_lightning.errors import ConfigurationError
+
+Answer = TypeVar("Answer")
+FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
+"""Seconds between two attempts, doubled each time."""
+SECONDS_BETWEEN_LOOKS = 0.5
+"""At a server that is away."""
+TEMPORARY = frozenset({408, 425, 429})
+"""Statuses below 500 after which it is worth asking again."""
+QUOTED = 200
+"""Characters of a server's own words that an error repeats."""
+
+
+class ServerError(ConfigurationError):
+    """A server does not answer, or not what was asked; the text names it, the request and what to do."""
+
+
+class BadAnswer(ValueError):  # noqa: N818 - it is about the answer; whoever asked decides what it means
+    """An answer is not what was asked for; the text goes on after "it"."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question(Generic[Answer]):
+    """One request, and how its answer is read."""
+
+    what: str
+    """For people: "answer 3 of 128"."""
+    path: str
+    body: dict[str, Any] | None = None
+    """Sent as JSON (POST); None: a GET."""
+    read: Callable[[Any], Answer]
+    """Of the JSON that came; raises `BadAnswer` where something is missing, of another length, or not finite."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patience:
+    """How long and how often servers are asked."""
+
+    timeout: float
+    attempts: int
+    concurrency: int
+
+
+class Client:
+    """Servers that answer alike: a question goes to the one it is meant for, and after a failure to the next.
+
+    Args:
+        servers: Their addresses, such as `http://10.0.0.1:8000`.
+        patience: How long and how often they are asked.
+        remedy: Ends the text of an error.
+        back: Asked, in a thread, before a server that was not reachable gets another question: whether it is there
+            again and fit for use.
+    """
+
+    def __init__(
+        self, servers: Sequence[str], patience: Patience, remedy: str, back: Callable[[str], bool] = lambda url: True
+    ) -> None:
+        self.servers = list(servers)
+        self._patience = patience
+        self._remedy = remedy
+        self._back = back
+        self._away: dict[str, float] = {}
+        """Servers that were not reachable, and when they were last looked after."""
+        self._outages: Counter[str] = Counter()
+        self._locks: dict[str, asyncio.Lock] = {}
+        self.answered: set[str] = set()
+        """Servers whose answers the last `ask` returned."""
+
+    def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
+        """Answers in the order of the questions, each of which comes with the number of its server.
+
+        Raises:
+            ServerError: A question was not answered after all attempts, or was refused.
+        """
+        self.answered = set()
+        return asyncio.run(self._ask_all(questions)) if questions else []
+
+    def ask_one(self, server: int, question: Question[Answer]) -> Answer:
+        """As `ask`."""
+        (answer,) = self.ask([(server, question)])
+        return answer
+
+    async def _ask_all(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
+        self._locks = {url: asyncio.Lock() for url in self.servers}
+        bound = asyncio.Semaphore(self._patience.concurrency)
+        # The semaphore bounds connections too; a limit of the connector's own would count waiting as time spent.
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
+            return await asyncio.gather(*(self._patiently(session, bound, *question) for question in questions))
+
+    async def _patiently(
+        self, session: aiohttp.ClientSession, bound: asyncio.Semaphore, server: int, question: Question[Answer]
+    ) -> Answer:
+        started, failure, url, attempt = time.monotonic(), "", "", 0
+        while attempt < self._patience.attempts:
+            if attempt:
+                await asyncio.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
+            url = self.servers[(server + attempt) % len(self.servers)]
+            outages = self._outages[url]
+            try:
+                if url in self._away:
+                    await self._look_after(url)
+                async with bound:
+                    answer = await self._once(session, url, question)
+                if self._outages[url] == outages:
+                    self.answered.add(url)
+                    return answer
+                continue  # it may be of a server that had just been started again
+            except TimeoutError:
+                failure = f"gave no answer within {self._patience.timeout:g} s"
+            except (aiohttp.ClientError, OSError) as error:
+                failure = f"was not reachable or broke off ({str(error) or type(error).__name__})"
+                self._outages[url] += url not in self._away
+                self._away.setdefault(url, 0.0)
+            except json.JSONDecodeError as error:
+                failure = f"answered with damaged JSON ({error})"
+            except BadAnswer as error:
+                failure = str(error)
+            attempt += 1
+        spent = time.monotonic() - started
+        raise ServerError(
+            f"The server {url} failed at {question.what} ({question.path}) {self._patience.attempts} times in "
+            f"{spent:.0f} s: it {failure}. {self._remedy}"
+        )
+
+    async def _once(self, session: aiohttp.ClientSession, url: str, question: Question[Answer]) -> Answer:
+        method = "GET" if question.body is None else "POST"
+        limit = aiohttp.ClientTimeout(total=self._patience.timeout)
+        async with session.request(method, f"{url}{question.path}", json=question.body, timeout=limit) as response:
+            text = await response.text()
+        if response.status >= 500 or response.status in TEMPORARY:
+            raise BadAnswer(f"answered with status {response.status} ({_quote(text)})")
+        if response.status >= 400:
+            raise ServerError(
+                f"The server {url} refuses {question.what} ({question.path}) with status {response.status}: "
+                f"{_quote(text)}. {self._remedy}"
+            )
+        answer = json.loads(text) if text else None
+        try:
+            return question.read(answer)
+        except BadAnswer:
+            raise
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise BadAnswer(
+                f"answered with something else than was asked for ({type(error).__name__}: {error})"
+            ) from error
+
+    async def _look_after(self, url: str) -> None:
+        """Before a server that was away is asked again; of many questions that an outage hits, one sees to it.
+
+        Raises:
+            ConnectionError: It is away still.
+        """
+        async with self._locks[url]:
+            if url not in self._away:
+                return
+            recently = time.monotonic() - self._away[url] < SECONDS_BETWEEN_LOOKS
+            if recently or not await asyncio.to_thread(self._back, url):
+                self._away[url] = time.monotonic()
+                raise ConnectionError("away still")
+            del self._away[url]
+
+
+def _quote(text: str) -> str:
+    """The message in an error's JSON, or the text itself; short and in one line."""
+    try:
+        told = json.loads(text)
+        text = told.get("message") or told["error"]["message"]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        pass
+    line = " ".join(str(text).split())
+    return line if len(line) <= QUOTED else f"{line[:QUOTED]}…"

@@ -1,0 +1,131 @@
+"""A server of one's own: a child process that ends with the run, however the run ends."""
+
+import contextlib
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lsm_lightning.serving.client import QUOTED, ServerError
+
+SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_TO_STOP = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """How to start a vLLM server, one on each machine.
+
+    Args:
+        command: A list: the Python that has vLLM (it needs other versions than training, so an environment of its
+            own), `-m`, `vllm.entrypoints.openai.api_server`, and further options, such as `--tensor-parallel-size`.
+            Model, precision, address and port are added.
+        environment: Variables for it, such as CUDA_VISIBLE_DEVICES for GPUs that the trainer leaves free.
+        start_timeout: Seconds until it must answer.
+    """
+
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    start_timeout: float = 600.0
+
+
+class Server:
+    """One server process, started by `start`.
+
+    Args:
+        launch: The user's part of the command.
+        options: Ours.
+        environment: Variables besides the user's.
+    """
+
+    def __init__(self, launch: Launch, options: Sequence[str], environment: dict[str, str]) -> None:
+        self._launch = launch
+        self._options = [*options]
+        self._environment = environment
+        self._process: subprocess.Popen[bytes] | None = None
+        self._log: Path | None = None
+        self.url = f"http://127.0.0.1:{_free_port()}"
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process runs."""
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Start the process and wait until it answers; the address stays the same when it is started again.
+
+        Raises:
+            ServerError: It ended, or was not ready in time.
+        """
+        self.stop()
+        address = ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
+        command = [*self._launch.command, *self._options, *address]
+        handle, log = tempfile.mkstemp(prefix="lsm-lightning-server-", suffix=".log")
+        self._log = Path(log)
+        with os.fdopen(handle, "wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(Path(__file__).with_name("keeper.py")), *command],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # an interrupt from the keyboard is for the trainer
+                env={**os.environ, **self._environment, **self._launch.environment},
+            )
+        end = time.monotonic() + self._launch.start_timeout
+        while not healthy(self.url):
+            if not self.alive or time.monotonic() > end:
+                raise self._failed("ended before it was ready" if not self.alive else "was not ready in time")
+            time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def stop(self) -> None:
+        """End the process; the log of one that had failed is kept."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        orderly = process.poll() is None
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            process.stdin.close()
+        try:
+            process.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        if orderly and self._log is not None:
+            self._log.unlink(missing_ok=True)
+
+    def _failed(self, how: str) -> ServerError:
+        assert self._log is not None
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "Error" in line]
+        said = f" Its last error: {lines[-1].strip()[:QUOTED]}." if lines else ""
+        waited = f"start_timeout={self._launch.start_timeout:g}"
+        # Whatever came of it, it shall not go on.
+        log, self._log = self._log, None
+        self.stop()
+        return ServerError(
+            f"The server started by `{' '.join(self._launch.command)}` {how} ({waited}).{said} Its output is in {log}."
+        )
+
+
+def healthy(url: str) -> bool:
+    """Whether a server answers at all."""
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's servers
+    try:
+        with direct.open(f"{url}/health", timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port

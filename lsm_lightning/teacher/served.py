@@ -1,0 +1,195 @@
+"""A teacher on vLLM servers, asked for its most probable tokens at each place of a text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.pretrained import DType, load_skeleton, load_tokenizer, locate, turn_end_ids
+from lsm_lightning.rollout.base import Sampling
+from lsm_lightning.rollout.collect import Player
+from lsm_lightning.rollout.vllm import VLLMEngine
+from lsm_lightning.serving import protocol
+from lsm_lightning.serving.client import BadAnswer, Question
+from lsm_lightning.serving.fleet import Fleet, Servers
+from lsm_lightning.serving.processes import together
+from lsm_lightning.serving.protocol import Scores
+from lsm_lightning.teacher.scoring import ScoringTeacher, joined
+from lsm_lightning.types import Support, Turn
+
+SAMPLE = "What is 12 + 30? <think>12 + 30 = 42</think>"
+"""A text that tells whether a server has the tokenizer that it should have."""
+
+
+class ServedTeacher(ScoringTeacher):
+    """A frozen model on vLLM servers, which reads the prompt under its own chat template.
+
+    It says the same as a `LocalTeacher` of the same weights about its top tokens and the token it reads, and nothing of
+    others: objectives that compare over the student's own tokens, or over all, need a local one. Ends of a turn that
+    are not among the top tokens count as impossible.
+
+    Args:
+        path: The model's name for its tokenizer, chat template and configuration; its weights are the servers' matter.
+        servers: Which ones, and how patiently they are asked. Servers that are there need `--max-logprobs` as large as
+            the support, or some more where the teacher has several ends of a turn.
+        dtype: Of the weights of a server that is started; `auto` takes what the model was saved in.
+        chat_template: A jinja2 template that replaces the tokenizer's own.
+    """
+
+    def __init__(self, path: str, servers: Servers, dtype: DType = "auto", chat_template: str | None = None) -> None:
+        super().__init__(path, chat_template)
+        self.servers = servers
+        self.dtype: DType = dtype
+        self._fleet = Fleet(servers)
+
+    def setup(
+        self,
+        student: PreTrainedTokenizerBase,
+        *,
+        vocabulary: int,
+        respell: bool,
+        tokens: int | None,
+        device: torch.device,
+        added: int = 0,
+    ) -> None:
+        """See `Teacher.setup`.
+
+        Raises:
+            ServerError: A server does not answer.
+        """
+        if tokens is None:
+            raise ConfigurationError(
+                f"model.objective compares over all tokens, of which the served teacher '{self.path}' gives the most "
+                "probable only: use LocalSupportMatching, or a LocalTeacher."
+            )
+        if added:
+            raise ConfigurationError(
+                f"model.objective.init_args.source compares over {added} of the student's own top tokens, about which "
+                f"the served teacher '{self.path}' says nothing: set it to teacher or sampled_added, or use a "
+                "LocalTeacher."
+            )
+        self.tokenizer = load_tokenizer(self.path, self.chat_template)
+        self.device = device
+        model = load_skeleton(self.path)
+        self._meet(
+            student,
+            rows=len(model.get_output_embeddings().weight),
+            turn_end=turn_end_ids(model, self.tokenizer),
+            vocabulary=vocabulary,
+            respell=respell,
+            tokens=tokens,
+        )
+        # The ends of a turn may be one token of the support, and then leave room for others.
+        self.asked = self.tokens + max(0, len(self.turn_end) - 1)
+        saved = getattr(model.config, "dtype", None) or torch.float32
+        self._options = {
+            "--model": locate(self.path),
+            "--served-model-name": "teacher",
+            "--dtype": str(saved if self.dtype == "auto" else self.dtype).removeprefix("torch."),
+            "--max-logprobs": str(self.asked),
+        }
+        self._connect()
+
+    def _connect(self) -> None:
+        """Find the servers; all processes call it together."""
+        if not self._fleet.is_open:
+            self._fleet.find_place()
+            self._fleet.open([word for option in self._options.items() for word in option])
+            together(self._check_servers)
+
+    @torch.no_grad()
+    def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
+        """See `Teacher.score`; of further ids, only those that are served are members.
+
+        Raises:
+            ServerError: A server did not answer, or not what it was asked.
+        """
+        self._connect()
+        prompts, reading = self._read(turns)
+        texts = [(p, r) for p, r in zip(prompts, reading.responses, strict=True) if r]
+        served = self._fleet.ask(
+            [(number, self._question(number, len(texts), *text)) for number, text in enumerate(texts)]
+        )
+        targets = torch.tensor([i for _, response in texts for i in response] or [0], device=self.device)
+        ids, values = _together(served, self.asked + 1, self.device)
+
+        def log_probs(at: Int[Tensor, " m"]) -> Float[Tensor, "m v"]:
+            everything = values.new_full((len(at), self.rows), -torch.inf)
+            return everything.scatter(-1, ids[at], values[at])
+
+        position = reading.position_in(range(len(turns))).to(self.device)
+        sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=self.device)
+        return joined([*self._supports(log_probs, targets, position, sampled, added)])
+
+    def player(self, sampling: Sampling) -> Player:
+        """See `Teacher.player`."""
+        self._connect()
+        return Player(
+            engine=VLLMEngine.around(self._fleet),
+            tokenizer=self.tokenizer,
+            turn_end=frozenset(self.turn_end.tolist()),
+            sampling=sampling,
+        )
+
+    def close(self) -> None:
+        """See `Teacher.close`."""
+        self._fleet.close()
+
+    def _question(self, number: int, of: int, prompt: list[int], response: list[int]) -> Question[Scores]:
+        ids = [*prompt, *response]
+
+        def read(answer: Any) -> Scores:
+            scores = protocol.read_scores(answer, ids, self.asked, first=len(prompt))
+            if scores.ids.max() >= self.rows:
+                raise BadAnswer(f"names the token {scores.ids.max()}, of {self.rows} that '{self.path}' has")
+            return scores
+
+        assert self._fleet.model is not None
+        if len(ids) >= self._fleet.model.context:
+            raise ConfigurationError(
+                f"A prompt of {len(prompt)} tokens and an answer of {len(response)} fill the context of the served "
+                f"teacher '{self.path}', {self._fleet.model.context} tokens: lower the task's max_new_tokens, shorten "
+                "its prompt, or start the server with a larger --max-model-len."
+            )
+        return Question(
+            what=f"to score answer {number + 1} of {of}",
+            path=protocol.COMPLETIONS,
+            body=protocol.scoring(self._fleet.model.name, ids, self.asked),
+            read=read,
+        )
+
+    def _check_servers(self) -> None:
+        """Ask each for a score, and whether it reads a text as the same tokens."""
+        assert self._fleet.model is not None
+        own: list[int] = self.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
+        for url in self._fleet.urls:
+            body = protocol.scoring(self._fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
+            question = Question(
+                what=f"to score a text with the {self.asked} most probable tokens",
+                path=protocol.COMPLETIONS,
+                body=body,
+                read=lambda answer: list(map(int, answer["choices"][0]["prompt_token_ids"])),
+            )
+            if self._fleet.ask_at(url, question) != own:
+                raise ConfigurationError(
+                    f"The server {url} reads a text as other tokens than the tokenizer of '{self.path}' does: it has "
+                    "another model. Set the teacher's path to the model that it was started with."
+                )
+            self._fleet.ask_at(url, self._question(0, 1, own[:1], own[1:]))
+
+
+def _together(
+    served: Sequence[Scores], width: int, device: torch.device
+) -> tuple[Int[Tensor, "t e"], Float[Tensor, "t e"]]:
+    """Ids and log-probs of all places in a row; of a place that is none, where there are none."""
+    nothing = Scores(ids=np.zeros((1, width), np.int64), log_probs=np.full((1, width), -np.inf, np.float32))
+    all_ids, all_values = zip(*((scores.ids, scores.log_probs) for scores in served or [nothing]), strict=True)
+    return (
+        torch.from_numpy(np.concatenate(all_ids)).to(device),
+        torch.from_numpy(np.concatenate(all_values)).to(device),
+    )

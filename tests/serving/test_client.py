@@ -1,0 +1,169 @@
+"""What a client makes of servers that misbehave."""
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from fake_vllm import COMPLETIONS, FakeServer, Fault, serving
+from tiny import random_ids, save_tiny
+
+from lsm_lightning.rollout import Sampling
+from lsm_lightning.rollout.base import Request
+from lsm_lightning.serving import ServerError, protocol
+from lsm_lightning.serving import client as client_module
+from lsm_lightning.serving.client import Client, Patience, Question
+from lsm_lightning.types import Completion
+
+ENDS = frozenset(range(0, 340, 9))
+FAULTS = [
+    "500",
+    "hangs up",
+    "truncated JSON",
+    "a log-prob too few",
+    "not finite",
+    "fields ignored",
+    "another prompt",
+    "stops early",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(student_tokenizer, tmp_path_factory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("served"), student_tokenizer, seed=1)
+
+
+@pytest.fixture
+def fake(folder) -> Iterator[FakeServer]:
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+
+
+def client(*urls: str, attempts: int = 3, timeout: float = 20.0, concurrency: int = 8, **settings: object) -> Client:
+    patience = Patience(timeout=timeout, attempts=attempts, concurrency=concurrency)
+    return Client(urls, patience, "Look into its log.", **settings)
+
+
+def questions(number: int, new: int = 6) -> list[tuple[int, Question[Completion]]]:
+    requests = [Request(ids=random_ids(seed, 5 + seed), seed=seed) for seed in range(number)]
+    return [
+        (
+            i,
+            Question(
+                what=f"answer {i + 1} of {number}",
+                path=COMPLETIONS,
+                body=protocol.writing("tiny", request, Sampling(), new, ENDS),
+                read=lambda answer, request=request: protocol.read_written(answer, request, new, ENDS),
+            ),
+        )
+        for i, request in enumerate(requests)
+    ]
+
+
+def test_answers_come_in_the_order_of_the_questions(fake):
+    together = client(fake.url).ask(questions(12))
+    alone = [client(fake.url).ask_one(*question) for question in questions(12)]
+    assert together == alone
+    assert len({tuple(answer.ids) for answer in together}) == 12
+
+
+def test_no_question_has_no_answer():
+    assert client("http://127.0.0.1:1").ask([]) == []
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_fault_that_passes_changes_no_answer(fake, kind):
+    undisturbed = client(fake.url).ask(questions(5))
+    asked = len(fake.log)
+    fake.faults.append(Fault(kind, times=2))
+    assert client(fake.url).ask(questions(5)) == undisturbed
+    assert sum(fault.times for fault in fake.faults) == 0
+    most = 15 if kind == "hangs up" else 7  # after an outage the others are in doubt too
+    assert 5 <= len(fake.log) - asked <= most  # those that failed were asked again, and no others
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [*zip(
+        FAULTS,
+        ["status 500 .out of memory.", "broke off", "damaged JSON", "5 log-probs for 6 tokens", "not finite",
+         "KeyError", "another prompt", "stopped after 5 tokens"],
+        strict=True,
+    )],
+)  # fmt: skip
+def test_one_that_stays_ends_with_the_name_of_server_request_and_cause(fake, kind, told):
+    fake.faults.append(Fault(kind, times=1000))
+    ask = questions(1)
+    ask[0][1].body["stop_token_ids"] = []  # it writes to the limit
+    with pytest.raises(ServerError, match=rf"{fake.url} failed at answer 1 of 1 .{COMPLETIONS}. 3 times.*{told}") as e:
+        client(fake.url).ask(ask)
+    assert str(e.value).endswith("Look into its log.")
+    assert "\n" not in str(e.value)
+    assert fake.faults[0].times == 997
+
+
+def test_a_slow_answer_is_asked_for_again(fake):
+    fake.faults.append(Fault("slow", seconds=30.0))
+    started = time.monotonic()
+    (answer,) = client(fake.url, timeout=0.5).ask(questions(1))
+    assert answer == client(fake.url).ask(questions(1))[0]
+    assert time.monotonic() - started < 20
+    fake.faults.append(Fault("slow", seconds=1.0, times=10))
+    with pytest.raises(ServerError, match=r"no answer within 0\.1 s"):
+        client(fake.url, timeout=0.1).ask(questions(1))
+
+
+def test_what_is_refused_is_not_asked_again(fake):
+    (asked,) = questions(1)
+    asked[1].body["max_tokens"] = 10_000
+    with pytest.raises(ServerError, match=rf"{fake.url} refuses answer 1 of 1 .*400.*maximum context length is 256"):
+        client(fake.url).ask([asked])
+    assert len(fake.log) == 1
+
+
+def test_where_one_server_is_away_the_next_one_answers(fake):
+    undisturbed = client(fake.url).ask(questions(6))
+    assert client("http://127.0.0.1:1", fake.url).ask(questions(6)) == undisturbed
+
+
+def test_a_server_that_was_away_is_looked_after_once_before_it_is_asked_again(fake):
+    undisturbed = client(fake.url).ask(questions(6))
+    looked: list[str] = []
+
+    def back(url: str) -> bool:
+        looked.append(url)
+        if len(looked) == 2:
+            fake.listen()
+        return len(looked) == 2
+
+    fake.stop()
+    assert client(fake.url, attempts=8, back=back).ask(questions(6)) == undisturbed
+    assert looked == [fake.url, fake.url]
+
+
+def test_no_more_questions_are_under_way_than_agreed(fake):
+    under_way, most, lock = 0, 0, threading.Lock()
+    answer = fake.answer
+
+    def counted(*arguments):
+        nonlocal under_way, most
+        with lock:
+            under_way += 1
+            most = max(most, under_way)
+        time.sleep(0.01)
+        try:
+            return answer(*arguments)
+        finally:
+            with lock:
+                under_way -= 1
+
+    fake.answer = counted
+    client(fake.url, concurrency=3).ask(questions(12))
+    assert most == 3

@@ -1,0 +1,219 @@
+"""A served teacher says what a local one of the same weights says."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_vllm import FakeServer, Fault, serving
+from slow import sampled_ids, turn_of
+from teachers import K, asked, members, nothing_added
+from tiny import random_ids, save_tiny
+
+from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.rollout import Sampling
+from lsm_lightning.serving import Launch, ServerError, Servers
+from lsm_lightning.serving import client as client_module
+from lsm_lightning.teacher import LocalTeacher, ServedTeacher
+from lsm_lightning.types import Support
+
+VLLM_PYTHON = "LSM_LIGHTNING_VLLM_PYTHON"
+CLOSE = 1e-3
+"""Nats."""
+
+
+@pytest.fixture(scope="module")
+def folder(teacher_tokenizer, tmp_path_factory) -> Path:
+    """Heads of 32, the least that vLLM's kernels know."""
+    return save_tiny(tmp_path_factory.mktemp("wide") / "teacher", teacher_tokenizer, seed=2, hidden_size=64)
+
+
+@pytest.fixture(scope="module")
+def fake(folder) -> Iterator[FakeServer]:
+    with serving(folder) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def vllm(folder) -> Iterator[Servers]:
+    python = os.environ.get(VLLM_PYTHON)
+    if not python:
+        pytest.skip(f"{VLLM_PYTHON} does not name a Python that has vLLM: run `make test-vllm`")
+    first = ServedTeacher(
+        str(folder),
+        Servers(
+            launch=Launch(
+                command=[python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"],
+                environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
+            )
+        ),
+    )
+    first._options = {"--model": str(folder), "--max-logprobs": "40", "--dtype": "float32"}
+    first._fleet.find_place()
+    first._fleet.open([word for option in first._options.items() for word in option])
+    yield Servers(urls=first._fleet.urls)
+    first.close()
+
+
+@pytest.fixture(params=["fake", pytest.param("vllm", marks=pytest.mark.vllm)])
+def servers(request) -> Servers:
+    if request.param == "vllm":
+        return request.getfixturevalue("vllm")
+    return Servers(urls=[request.getfixturevalue("fake").url], timeout=30, attempts=2)
+
+
+@pytest.fixture(autouse=True)
+def _short_pauses(monkeypatch):
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture(params=[False, True], ids=["as it stands", "respelled"])
+def respell(request) -> bool:
+    return request.param
+
+
+def ready(teacher: Any, student: Any, *, respell: bool, tokens: int | None = K, added: int = 0) -> Any:
+    teacher.check()
+    teacher.setup(student, vocabulary=340, respell=respell, tokens=tokens, device=torch.device("cpu"), added=added)
+    return teacher
+
+
+def assert_alike(served: Support, local: Support, tokens: int = K) -> None:
+    """The same members, but for those that are equally probable, with the same log-probs."""
+    assert served.comparable.tolist() == local.comparable.tolist()
+    assert served.alike.tolist() == local.alike.tolist()
+    for ours, theirs in zip(members(served), members(local), strict=True):
+        assert len(ours) == len(theirs)
+        least = min(theirs.values(), default=0.0)
+        for token in ours.keys() | theirs.keys():
+            assert ours.get(token, least) == pytest.approx(theirs.get(token, least), abs=CLOSE)
+    assert served.lost == pytest.approx(local.lost, abs=CLOSE)
+    assert served.sampled.exp().tolist() == pytest.approx(local.sampled.exp().tolist(), abs=CLOSE)
+    both = (served.sampled > -torch.inf) & (local.sampled > -torch.inf)
+    assert both.equal(local.sampled > -torch.inf)
+    assert served.sampled[both].tolist() == pytest.approx(local.sampled[both].tolist(), abs=CLOSE)
+    told = served.turn_end > -torch.inf
+    assert served.turn_end[told].tolist() == pytest.approx(local.turn_end[told].tolist(), abs=CLOSE)
+    untold = local.comparable & ~told
+    assert (local.turn_end[untold] <= local.log_probs[untold, tokens - 1] + CLOSE).all()  # it is no top token
+
+
+@pytest.mark.parametrize("tokens", [1, K, 16])
+def test_supports_are_those_of_a_local_teacher(servers, folder, student_tokenizer, turns, respell, tokens):
+    teachers = [ServedTeacher(str(folder), servers), LocalTeacher(str(folder))]
+    served, local = (
+        asked(ready(teacher, student_tokenizer, respell=respell, tokens=tokens), turns) for teacher in teachers
+    )
+    assert_alike(served, local, tokens)
+    assert (served.turn_end > -torch.inf).any() or not respell
+
+
+def test_the_comparison_can_fail(fake, folder, student_folder, student_tokenizer, turns):
+    local = asked(ready(LocalTeacher(str(folder)), student_tokenizer, respell=False), turns)
+    served = ready(ServedTeacher(str(folder), Servers(urls=[fake.url])), student_tokenizer, respell=False)
+    assert_alike(asked(served, turns), local)
+    with pytest.raises(AssertionError):
+        assert_alike(asked(served, turns[::-1]), local)
+    served.tokenizer.chat_template = served.tokenizer.chat_template.replace("message['content']", "'!'")
+    with pytest.raises(AssertionError):
+        assert_alike(asked(served, turns), local)
+
+
+def test_the_sampled_token_is_looked_up_wherever_it_ranks(servers, folder, student_tokenizer, turns):
+    added = sampled_ids(turns)[:, None]
+    supports = [
+        asked(ready(teacher, student_tokenizer, respell=False), turns, added)
+        for teacher in (ServedTeacher(str(folder), servers), LocalTeacher(str(folder)))
+    ]
+    assert_alike(*supports)
+    assert [sampled in found for sampled, found in zip(sampled_ids(turns).tolist(), members(supports[0]), strict=True)]
+    assert any(len(found) == K + 1 for found in members(supports[0]))
+
+
+def test_it_may_be_asked_for_no_top_tokens(servers, folder, student_tokenizer, turns):
+    """For an objective over the sampled token alone."""
+    teachers = ServedTeacher(str(folder), servers), LocalTeacher(str(folder))
+    served, local = (asked(ready(t, student_tokenizer, respell=True, tokens=0), turns) for t in teachers)
+    assert served.log_probs.shape[0] == len(sampled_ids(turns))
+    assert served.sampled.tolist() == pytest.approx(local.sampled.tolist(), abs=CLOSE)
+
+
+def test_order_and_empty_answers_are_kept(fake, folder, student_tokenizer, turns, respell):
+    served = ready(ServedTeacher(str(folder), Servers(urls=[fake.url])), student_tokenizer, respell=respell)
+    local = ready(LocalTeacher(str(folder)), student_tokenizer, respell=respell)
+    empty = turn_of(turns[0], [])
+    for some in ([turns[3], empty, turns[1]], [empty], []):
+        assert_alike(asked(served, some), asked(local, some))
+
+
+def test_it_plays_as_a_local_one(servers, folder, student_tokenizer):
+    asks = [[{"role": "user", "content": text}] for text in ("Say apple", "How many coins?")]
+    answers = [
+        ready(teacher, student_tokenizer, respell=False)
+        .player(Sampling(temperature=0.0))
+        .answer(asks, [0, 1], max_new_tokens=6)
+        for teacher in (ServedTeacher(str(folder), servers), LocalTeacher(str(folder)))
+    ]
+    served, local = ([turn.completion.ids for turn in of_one] for of_one in answers)
+    assert [list(ids) for ids in served] == [list(ids) for ids in local]
+
+
+@pytest.mark.parametrize(
+    "kind", ["500", "hangs up", "truncated JSON", "a log-prob too few", "a place too poor", "not finite",
+             "fields ignored", "another prompt"]
+)  # fmt: skip
+def test_every_answer_is_held_against_its_question(fake, folder, student_tokenizer, turns, kind):
+    served = ready(ServedTeacher(str(folder), Servers(urls=[fake.url], attempts=2)), student_tokenizer, respell=True)
+    undisturbed = asked(served, turns)
+    fake.faults.append(Fault(kind))
+    assert asked(served, turns).log_probs.equal(undisturbed.log_probs)
+    assert fake.faults[-1].times == 0
+    fake.faults.append(Fault(kind, times=2000))
+    try:
+        with pytest.raises(ServerError, match=rf"{fake.url} failed at to score answer \d of {len(turns)}.*2 times"):
+            asked(served, turns)
+    finally:
+        fake.faults.clear()
+
+
+# ---- what is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"tokens": None}, r"model\.objective compares over all tokens"),
+        ({"added": 8}, r"model\.objective\.init_args\.source .* 8 of the student's own"),
+        ({"tokens": 30}, r"refuses to score a text with the 30 most .*max_logprobs=20"),
+    ],
+)
+def test_what_it_cannot_say_is_refused_at_the_start(fake, folder, student_tokenizer, settings, told):
+    with pytest.raises(ConfigurationError, match=told):
+        ready(ServedTeacher(str(folder), Servers(urls=[fake.url])), student_tokenizer, respell=True, **settings)
+
+
+def test_another_model_on_the_server_is_told(student_folder, folder, student_tokenizer):
+    """One whose tokenizer reads a text otherwise."""
+    with (
+        serving(student_folder) as other,
+        pytest.raises(ConfigurationError, match=f"{other.url} reads a text as other"),
+    ):
+        ready(ServedTeacher(str(folder), Servers(urls=[other.url])), student_tokenizer, respell=False)
+
+
+def test_a_server_that_is_not_there_is_told_with_its_address(folder, student_tokenizer):
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1 failed at .*/v1/models.* not reachable"):
+        ready(
+            ServedTeacher(str(folder), Servers(urls=["http://127.0.0.1:1/"], attempts=2)),
+            student_tokenizer,
+            respell=True,
+        )
+
+
+def test_a_text_that_fills_its_context_is_told(fake, folder, student_tokenizer, turns):
+    served = ready(ServedTeacher(str(folder), Servers(urls=[fake.url])), student_tokenizer, respell=False)
+    long = turn_of(turns[0], random_ids(0, 256 - 4))
+    with pytest.raises(ConfigurationError, match=r"answer of 252 fill the context .* 256 tokens"):
+        served.score([long], nothing_added([long]))
