@@ -3,8 +3,8 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,7 @@ from lsm_lightning.student import (
     plain_state_dict,
 )
 from lsm_lightning.teacher import Teacher
+from lsm_lightning.teacher.ahead import ScoringAhead
 from lsm_lightning.types import StepBatch, Support, Trajectory, Turn
 from lsm_lightning.update import StepTotals, accumulate_gradients, micro_batches, student_top_tokens
 
@@ -316,15 +317,16 @@ class OnPolicyDistillation(LightningModule):
         """
         self._before_step = random_states(self.device)
         clock = Clock(self.trainer.profiler)  # type: ignore[attr-defined]
-        with clock.phase("rollout"):
-            trajectories = self.rollout(batch)
-        turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         teacher = self.teachers[batch.task]
-        groups = self._micro_batches(turns)
-        with clock.phase("support"):
-            added = self._added_tokens(turns, groups)
-        with clock.phase("teacher"):
-            support = teacher.score(turns, added)
+        with self._ahead(teacher) as ahead:
+            with clock.phase("rollout"):
+                trajectories = self.rollout(batch, on_round=ahead.submit if ahead else None)
+            turns = [turn for trajectory in trajectories for turn in trajectory.turns]
+            groups = self._micro_batches(turns)
+            with clock.phase("support"):
+                added = self._added_tokens(turns, groups)
+            with clock.phase("teacher"):
+                support = ahead.result(turns) if ahead else teacher.score(turns, added)
         with clock.phase("mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
             keep = kept(mask, support, sampled=self.objective.compares_sampled)
@@ -345,17 +347,33 @@ class OnPolicyDistillation(LightningModule):
         most = int(self._over_processes(torch.tensor(len(groups)), "max"))
         return groups + [[]] * (most - len(groups))
 
+    def _ahead(self, teacher: Teacher) -> AbstractContextManager[ScoringAhead | None]:
+        """A teacher elsewhere scores a round of the rollout while the student writes the next."""
+        if not teacher.elsewhere or self.objective.student_tokens:
+            return nullcontext()
+        return ScoringAhead(lambda turns: teacher.score(turns, self._sampled_tokens(turns)))
+
     def _added_tokens(self, turns: list[Turn], groups: list[list[int]]) -> Int[Tensor, "n c"]:
         """Student ids that the objective compares besides the teacher's top tokens."""
+        sampled = self._sampled_tokens(turns)
+        if not (k := self.objective.student_tokens):
+            return sampled
+        top = student_top_tokens(self.student, turns, k, groups=groups, packed=self.packing)
+        return torch.cat((sampled, top), -1)
+
+    def _sampled_tokens(self, turns: Sequence[Turn]) -> Int[Tensor, "n c"]:
+        """The sampled ones, if the objective wants them among these."""
         ids = [i for turn in turns for i in turn.completion.ids]
         sampled = torch.tensor(ids, dtype=torch.long, device=self.device).unsqueeze(-1)
-        added = [sampled] if self.objective.adds_sampled else [sampled[:, :0]]
-        if k := self.objective.student_tokens:
-            added.append(student_top_tokens(self.student, turns, k, groups=groups, packed=self.packing))
-        return torch.cat(added, -1)
+        return sampled if self.objective.adds_sampled else sampled[:, :0]
 
-    def rollout(self, batch: StepBatch) -> list[Trajectory]:
-        """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only."""
+    def rollout(self, batch: StepBatch, on_round: Callable[[Sequence[Turn]], None] | None = None) -> list[Trajectory]:
+        """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only.
+
+        Args:
+            batch: Which episodes.
+            on_round: Given the turns of each round; all episodes write a turn in one.
+        """
         self.engine.sync(self.student)
         task = self._data.tasks[batch.task]
         episodes = [
@@ -368,6 +386,8 @@ class OnPolicyDistillation(LightningModule):
             self.player(self.sampling),
             max_new_tokens=task.max_new_tokens,
             on_progress=self.on_rollout_progress,
+            on_round=on_round,
+            span=self.trainer.profiler.profile,  # type: ignore[attr-defined]
         )
 
     def update(
@@ -422,7 +442,8 @@ class OnPolicyDistillation(LightningModule):
             )
         if kept == 0:
             if self.trainer.is_global_zero:
-                log.warning("Skipped a step: the mask '%s' left no position to learn from.", self.mask)
+                nothing = f"the mask '{self.mask}' left no position to learn from" if turns else "no answer was written"
+                log.warning("Skipped a step: %s.", nothing)
         else:
             self.half_updated = True
             optimizer.step()
@@ -531,6 +552,7 @@ class OnPolicyDistillation(LightningModule):
         sums: dict[str, tuple[float, float]] = {
             "train/reward": (sum(t.reward for t in trajectories), len(trajectories)),
             "train/turns": (len(turns), len(trajectories)),
+            "train/outgrown": (sum(t.outgrown for t in trajectories), len(trajectories)),
             "train/invalid_actions": (sum(t.invalid_actions for t in trajectories), len(turns)),
             **{
                 f"train/invalid/{kind}": (sum(t.invalid_kinds.get(kind, 0) for t in trajectories), len(turns))

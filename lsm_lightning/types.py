@@ -60,6 +60,8 @@ class Trajectory:
     """Turns whose answer the environment could not use."""
     invalid_kinds: Mapping[str, int] = field(default_factory=dict)
     """The same by kind, where the task tells kinds apart."""
+    outgrown: bool = False
+    """Whether it ended because its prompt left no room for an answer in the student's context."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

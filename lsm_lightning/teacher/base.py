@@ -22,6 +22,9 @@ class Teacher(ABC):
     tokenizer: PreTrainedTokenizerBase
     """The teacher's own, with its chat template; there after `setup`."""
 
+    elsewhere: bool = False
+    """Whether its model runs on other machines, so that it may score in a thread while the student writes."""
+
     @abstractmethod
     def check(self) -> None:
         """Fail early where `setup` could not work, without loading weights.

@@ -41,6 +41,8 @@ class ServedTeacher(ScoringTeacher):
         chat_template: A jinja2 template that replaces the tokenizer's own.
     """
 
+    elsewhere = True
+
     def __init__(self, path: str, servers: Servers, dtype: DType = "auto", chat_template: str | None = None) -> None:
         super().__init__(path, chat_template)
         self.servers = servers

@@ -1,0 +1,50 @@
+"""A teacher on other machines scores what is written while the student writes on."""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+
+import torch
+
+from lsm_lightning.batching import spans
+from lsm_lightning.teacher.scoring import joined
+from lsm_lightning.types import Support, Turn
+
+
+class ScoringAhead:
+    """Scores turns in a thread of its own, in the order in which they are handed in; a context manager.
+
+    Args:
+        score: Gives the support of some turns, at their response positions laid end to end.
+    """
+
+    def __init__(self, score: Callable[[Sequence[Turn]], Support]) -> None:
+        self._score = score
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
+        self._turns: list[Turn] = []
+        self._parts: list[Future[Support]] = []
+
+    def __enter__(self) -> "ScoringAhead":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=kind is None, cancel_futures=True)
+
+    def submit(self, turns: Sequence[Turn]) -> None:
+        """Score these; returns at once."""
+        self._turns += turns
+        self._parts.append(self._thread.submit(self._score, turns))
+
+    def result(self, turns: Sequence[Turn]) -> Support:
+        """The support of all turns handed in, in another order of the same; waits for it.
+
+        Raises:
+            Exception: What `score` raised.
+        """
+        support = joined([part.result() for part in self._parts] or [self._score([])])
+        places = spans([len(turn.completion.ids) for turn in self._turns])
+        place_of = {id(turn): place for turn, place in zip(self._turns, places, strict=True)}
+        rows = [row for turn in turns for row in place_of[id(turn)]]
+        return support.rows(torch.tensor(rows, dtype=torch.long, device=support.ids.device))
