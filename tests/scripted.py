@@ -64,8 +64,9 @@ class EchoGames(Task):
 class ScriptedEngine(Engine):
     """Writes what `answer` makes of a request, and remembers what it was asked."""
 
-    def __init__(self, answer: Callable[[Request], Completion]) -> None:
+    def __init__(self, answer: Callable[[Request], Completion], context: int | None = None) -> None:
         self.answer = answer
+        self.context = context
         self.calls: list[list[Request]] = []
 
     def sync(self, model: object) -> None:
@@ -82,3 +83,6 @@ class ScriptedEngine(Engine):
     ) -> list[Completion]:
         self.calls.append(list(requests))
         return [self.answer(request) for request in requests]
+
+    def room(self, prompt_tokens: int) -> int | None:
+        return None if self.context is None else self.context - prompt_tokens

@@ -48,7 +48,7 @@ def play(task: Task, player: Player, *, indices: Sequence[int], rounds: int, max
                 break
             conversations = [list(episode.messages()) for _, episode in going]
             seeds = [seed_of(seed, "probe", index, number) for index, _ in going]
-            answered = player.answer(conversations, seeds, max_new_tokens)
+            answered = player.answer(player.read(conversations), seeds, max_new_tokens)
             turns += answered
             for (_, episode), turn in zip(going, answered, strict=True):
                 episode.step(turn.answer)

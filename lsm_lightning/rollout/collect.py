@@ -23,7 +23,7 @@ class Player:
     turn_end: AbstractSet[int]
     sampling: Sampling
 
-    def read(self, conversations: Sequence[list[Message]]) -> list[Prompt]:
+    def read(self, conversations: list[list[Message]]) -> list[Prompt]:
         """The conversations as prompts of the engine's model."""
         ids = render(self.tokenizer, conversations)
         return [Prompt(messages=messages, ids=prompt) for messages, prompt in zip(conversations, ids, strict=True)]

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 from scripted import EchoEpisode, ScriptedEngine
 from tiny import STUDENT_END
@@ -137,3 +140,60 @@ def test_all_episodes_take_their_step_before_any_is_asked_how_it_went(player):
     play([SlowEpisode(length, log) for length in LENGTHS], player)
     rounds = "".join("s" if entry == "step" else "a" for entry in log)
     assert [len(part) for part in rounds.split("a") if part] == [3, 2, 1]
+
+
+class GrowingEpisode(EchoEpisode):
+    """Each prompt is longer than the last."""
+
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": "apple " * 20 * (1 + len(self.answers))}]
+
+
+def test_an_episode_whose_prompt_outgrows_the_context_ends_without_a_reward(player, student_tokenizer):
+    (third,) = render(student_tokenizer, [[{"role": "user", "content": "apple " * 60}]])
+    player.engine.context = len(third)
+    growing, short = GrowingEpisode("apple", 5), EchoEpisode("apple", 4)
+    cut, whole = play([growing, short], player)
+    assert (cut.outgrown, len(cut.turns), cut.reward) == (True, 2, 0.0)
+    assert (whole.outgrown, len(whole.turns), whole.reward) == (False, 4, 1.0)
+    assert growing.closed
+    assert not growing.done
+
+
+def test_the_room_left_is_the_limit_of_an_answer(player, student_tokenizer):
+    episodes = games()
+    longest = max(len(render(student_tokenizer, [list(episode.messages())])[0]) for episode in episodes)
+    player.engine.context = longest + 3
+    play(episodes, player)
+    for request in player.engine.calls[0]:
+        assert request.limit == longest + 3 - len(request.ids)
+
+
+def test_prompts_that_never_fit_are_episodes_without_a_turn(player):
+    player.engine.context = 1
+    assert [(t.turns, t.outgrown) for t in play(games(), player)] == [([], True)] * 3
+
+
+def test_every_round_is_handed_on_before_its_environments_are_asked(player):
+    log: list[str] = []
+    rounds: list[int] = []
+
+    def on_round(turns):
+        rounds.append(len(turns))
+        log.append("round")
+
+    play([SlowEpisode(length, log) for length in LENGTHS], player, on_round=on_round)
+    assert rounds == [3, 2, 1]
+    assert all(log[place - 1] == "step" for place, entry in enumerate(log) if entry == "round")
+
+
+def test_what_takes_time_lies_in_a_span(player):
+    names: list[str] = []
+
+    @contextmanager
+    def span(name: str) -> Iterator[None]:
+        names.append(name)
+        yield
+
+    play(games(), player, span=span)
+    assert names == ["environments", "answers", "environments"] * max(LENGTHS)
