@@ -71,8 +71,8 @@ def test_student_and_teachers_share_a_vocabulary_and_spell_tags_and_turn_ends_di
 def answered() -> tuple[Player, list[Turn]]:
     """The student, and what it wrote."""
     student = player_of("student")
-    messages = [[{"role": "user", "content": sample_problem(0, "train", i, 3).question}] for i in range(16)]
-    return student, student.answer(messages, seeds=range(16), max_new_tokens=64)
+    conversations = [[{"role": "user", "content": sample_problem(0, "train", i, 3).question}] for i in range(16)]
+    return student, student.answer(student.read(conversations), seeds=range(16), max_new_tokens=64)
 
 
 def scored(answered: tuple[Player, list[Turn]], *, respell: bool) -> tuple[LocalTeacher, Support]:

@@ -421,14 +421,15 @@ def test_prompts_environments_padding_and_masked_positions_have_no_gradient(stud
 
 def test_a_prompt_that_ends_later_leaves_fewer_targets(student, teacher, turns):
     """A turn cut elsewhere into prompt and answer is the same sequence with other positions to learn."""
-    turn = turn_of(turns[1], random_ids(seed=5, length=10))
+    objective = OBJECTIVES["teacher"]
+    whole = lesson(student, teacher, [turn_of(turns[1], random_ids(seed=5, length=10))], objective, kept=1.0)
+    (turn,) = whole.turns
+    written = turn.completion
     later = Turn(
-        prompt=Prompt(messages=turn.prompt.messages, ids=[*turn.prompt.ids, *turn.completion.ids[:4]]),
-        completion=turn_of(turn, turn.completion.ids[4:]).completion,
+        prompt=Prompt(messages=turn.prompt.messages, ids=[*turn.prompt.ids, *written.ids[:4]]),
+        completion=dataclasses.replace(written, ids=written.ids[4:], log_probs=written.log_probs[4:]),
         answer="",
     )
-    objective = OBJECTIVES["teacher"]
-    whole = lesson(student, teacher, [turn], objective, kept=1.0)
     only_last = dataclasses.replace(whole, keep=torch.arange(10) >= 4)
     rest = Lesson(turns=[later], support=whole.support.rows(torch.arange(4, 10)), keep=torch.ones(6, dtype=torch.bool))
     assert_same(step(student, objective, rest), step(student, objective, only_last))

@@ -91,7 +91,7 @@ class ScoringTeacher(Teacher):
         """Supports of N student positions in a row, a chunk of log-probs at a time.
 
         Args:
-            log_probs: Gives the teacher's at some of the T places of its own reading.
+            log_probs: Gives the teacher's at some of the T places of its own reading, to be overwritten.
             targets: What it reads at each of these places.
             position: The place of each student position; -1 for none.
             sampled: The student's tokens.
@@ -111,11 +111,11 @@ class ScoringTeacher(Teacher):
         added: Int[Tensor, "n c"],
     ) -> Support:
         turn_end = log_probs[:, self.turn_end].logsumexp(-1)
-        log_probs = self.translation.merged(log_probs)
+        log_probs = self.translation.merge_(log_probs)
+        of_target = log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         ids, members, lost = self.translation.translate(log_probs, self.tokens, added)
         members = members.masked_fill(~comparable.unsqueeze(-1), -torch.inf)
         alike = comparable & (self.translation.to_teacher[sampled] == target)
-        of_target = log_probs.gather(-1, target.unsqueeze(-1)).squeeze(-1)
         return Support(
             ids=ids.masked_fill(members == -torch.inf, 0),
             log_probs=members,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -109,6 +110,11 @@ class Translation:
             rivals=torch.from_numpy(rivals).to(device),
         )
 
+    @cached_property
+    def bar(self) -> Float[Tensor, " v"]:
+        """Added to log-probs, it takes out all but the members."""
+        return torch.where(self.members, 0.0, -torch.inf)
+
     @property
     def known(self) -> int:
         """How many of the teacher's tokens have a counterpart."""
@@ -124,12 +130,15 @@ class Translation:
         of ending a turn unseen: the teacher means an end, and the id is in no other support.
 
         Args:
-            log_probs: The teacher's, over its whole vocabulary, with the end of a turn as one token (`merged`).
+            log_probs: The teacher's, over its whole vocabulary, with the end of a turn as one token (`merge_`). They
+                are overwritten: at this size another copy takes as long as all the rest.
             k: How many of its top tokens; fewer come back where the student lacks some.
             added: Further student ids.
         """
-        top, values, lost = self._top(log_probs, k)
-        more = self._look_up(log_probs, added, top)
+        theirs = self.to_teacher[added]
+        of_added = log_probs.gather(-1, theirs.clamp(min=0))
+        top, values, lost = self._top(log_probs.add_(self.bar), k)
+        more = of_added.masked_fill(self._is_idle(theirs, top), -torch.inf)
         ids, members = torch.cat((top, added), -1), torch.cat((values, more), -1)
         if len(self.rivals) and ids.shape[1]:
             least = members.masked_fill(members == -torch.inf, torch.inf).amin(-1, keepdim=True)
@@ -141,28 +150,30 @@ class Translation:
             members = torch.cat((members, torch.minimum(least, share).expand(-1, len(self.rivals))), -1)
         return ids, members, lost
 
-    def merged(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
-        """The log-probs with the end of a turn as one token."""
-        if not len(self.ends):
-            return log_probs
-        of_class = log_probs[:, self.ends].logsumexp(-1, keepdim=True)
-        return log_probs.index_fill(-1, self.ends, -torch.inf).index_copy_(-1, self.ends[:1], of_class)
+    def merge_(self, log_probs: Float[Tensor, "n v"]) -> Float[Tensor, "n v"]:
+        """Make the end of a turn one token of the log-probs, in place."""
+        if len(self.ends):
+            of_class = log_probs[:, self.ends].logsumexp(-1, keepdim=True)
+            log_probs.index_fill_(-1, self.ends, -torch.inf).index_copy_(-1, self.ends[:1], of_class)
+        return log_probs
 
     def _top(
         self, log_probs: Float[Tensor, "n v"], k: int
     ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, " n"]]:
-        top = torch.where(self.members, log_probs, -torch.inf).topk(k, -1)
+        top = log_probs.topk(k, -1)
         translated = project_topk(self.vocab, top.indices.cpu().numpy(), top.values.cpu().numpy())
         ids, values, lost = (torch.from_numpy(array).to(log_probs.device) for array in translated)
         return ids.long(), values, lost.to(values.dtype)
 
-    def _look_up(
-        self, log_probs: Float[Tensor, "n v"], added: Int[Tensor, "n c"], top: Int[Tensor, "n k"]
-    ) -> Float[Tensor, "n c"]:
-        """-inf for an id that the teacher lacks, or whose meaning is there already, be it under another id."""
-        theirs, of_top = self.to_teacher[added], self.to_teacher[top.clamp(min=0)].masked_fill(top < 0, -1)
-        values = log_probs.gather(-1, theirs.clamp(min=0))
+    def _is_idle(self, added: Int[Tensor, "n c"], top: Int[Tensor, "n k"]) -> Bool[Tensor, "n c"]:
+        """Whether a token adds nothing: the teacher lacks it, or its meaning is there, be it under another id.
+
+        Args:
+            added: The teacher's ids; -1 for none.
+            top: The student's.
+        """
+        of_top = self.to_teacher[top.clamp(min=0)].masked_fill(top < 0, -1)
         place = torch.arange(added.shape[1], device=added.device)
-        repeated = ((theirs.unsqueeze(-1) == theirs.unsqueeze(-2)) & (place < place.unsqueeze(-1))).any(-1)
-        there = (theirs.unsqueeze(-1) == of_top.unsqueeze(-2)).any(-1)
-        return values.masked_fill((theirs < 0) | there | repeated, -torch.inf)
+        repeated = ((added.unsqueeze(-1) == added.unsqueeze(-2)) & (place < place.unsqueeze(-1))).any(-1)
+        there = (added.unsqueeze(-1) == of_top.unsqueeze(-2)).any(-1)
+        return (added < 0) | there | repeated

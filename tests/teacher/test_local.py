@@ -314,7 +314,7 @@ def test_impossible_settings_are_refused_by_name_and_value(settings):
 
 def test_the_teacher_can_play(teacher):
     player = teacher.player(Sampling(temperature=0.0))
-    (turn,) = player.answer([[{"role": "user", "content": "Say apple"}]], [0], max_new_tokens=5)
+    (turn,) = player.answer(player.read([[{"role": "user", "content": "Say apple"}]]), [0], max_new_tokens=5)
     assert 1 <= len(turn.completion.ids) <= 5
     assert turn.prompt.ids == render(teacher.tokenizer, [[{"role": "user", "content": "Say apple"}]])[0]
 

@@ -193,9 +193,9 @@ def test_ending_is_one_token_on_both_sides(teacher_folder, student_tokenizer, te
 def test_rivals_take_no_more_than_the_others_leave_over(teacher, sharpness, k):
     """However sure the teacher is of its first tokens, and whatever the student lacks of them."""
     logits = sharpness * torch.randn(200, teacher.rows, generator=torch.Generator().manual_seed(7))
-    log_probs = teacher.translation.merged(logits.log_softmax(-1))
+    log_probs = teacher.translation.merge_(logits.log_softmax(-1))
     nothing = torch.zeros((len(logits), 0), dtype=torch.long)
-    ids, found, lost = teacher.translation.translate(log_probs, k, nothing)
+    ids, found, lost = teacher.translation.translate(log_probs.clone(), k, nothing)
     sums = found.exp().sum(-1) + lost
     assert (sums <= 1 + 1e-6).all()
     rivals, others = found[:, k:], found[:, :k]

@@ -150,14 +150,12 @@ def test_order_and_empty_answers_are_kept(fake, folder, student_tokenizer, turns
 
 def test_it_plays_as_a_local_one(servers, folder, student_tokenizer):
     asks = [[{"role": "user", "content": text}] for text in ("Say apple", "How many coins?")]
-    answers = [
-        ready(teacher, student_tokenizer, respell=False)
-        .player(Sampling(temperature=0.0))
-        .answer(asks, [0, 1], max_new_tokens=6)
+    players = [
+        ready(teacher, student_tokenizer, respell=False).player(Sampling(temperature=0.0))
         for teacher in (ServedTeacher(str(folder), servers), LocalTeacher(str(folder)))
     ]
-    served, local = ([turn.completion.ids for turn in of_one] for of_one in answers)
-    assert [list(ids) for ids in served] == [list(ids) for ids in local]
+    served, local = (player.answer(player.read(asks), [0, 1], max_new_tokens=6) for player in players)
+    assert [list(turn.completion.ids) for turn in served] == [list(turn.completion.ids) for turn in local]
 
 
 @pytest.mark.parametrize(
