@@ -180,11 +180,12 @@ class Batch:
         assert self.cache is not None
         if not self.cache.room:
             self.cache.reserve(*self._room(self.cache.length))
-        length, positions = self.cache.length, self.seen[:, None]
-        logits = self.model(
-            input_ids=self.tokens[:, None], position_ids=positions, cache=self.cache, use_cache=True,
-            attention_mask=torch.arange(length + 1, device=positions.device) >= length - positions,
-        ).logits[:, -1].float()  # fmt: skip
+        output = self.model(
+            input_ids=self.tokens[:, None], attention_mask=self.cache.mask(self.seen), position_ids=self.seen[:, None],
+            cache=self.cache, use_cache=True,
+        )  # fmt: skip
+        logits = output.logits[:, -1].float()
+        del output
         self.cache.advance()
         self.seen = self.seen + 1
         self.tokens, going = self._draw(self.writing, logits)

@@ -9,7 +9,7 @@ the rows that needed them are done.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -162,6 +162,15 @@ class RowCache(Cache):
         self.length = length
         """Tokens that the longest row has seen."""
         self.shorten(length)
+
+    def mask(self, seen: Int[Tensor, " n"]) -> Bool[Tensor, "n t"] | None:
+        """Which columns belong to each row, the next one included, from how many tokens it has seen.
+
+        None where no layer looks back: such models take a mask for that of the tokens that they are given.
+        """
+        if not any(isinstance(layer, RowLayer) for layer in self.layers):
+            return None
+        return torch.arange(self.length + 1, device=seen.device) >= self.length - seen[:, None]
 
     def append(self, prefilled: DynamicCache, index: Int[Tensor, " m"]) -> None:
         """More rows, taken from those of a prefill that is padded on the left."""
