@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -96,7 +97,7 @@ class Prefill:
 
     def only(self, prompt: tuple[int, ...]) -> "Prefill":
         """One prompt, without the memory of the others."""
-        row = torch.tensor([self.row_of[prompt]], device=self.logits.device)
+        row: Any = torch.tensor([self.row_of[prompt]], device=self.logits.device)
         self.cache.reorder_cache(row)
         return Prefill(row_of={prompt: 0}, cache=self.cache, logits=self.logits[row])
 
@@ -145,7 +146,7 @@ class Batch:
     def _let_in(self) -> None:
         """Answers that wait, as many as rows are free and one prefill is for."""
         prefill = self._prefill or Prefill.read(self.model, self._next_prompts())
-        taken = []
+        taken: list[Answer] = []
         while self.waiting and len(taken) < self._free and self.waiting[0].prompt in prefill.row_of:
             taken.append(self.waiting.popleft())
         tokens, going = self._draw(taken, prefill.logits[prefill.index(taken)])
@@ -179,11 +180,12 @@ class Batch:
         assert self.cache is not None
         if not self.cache.room:
             self.cache.reserve(*self._room(self.cache.length))
-        length, positions = self.cache.length, self.seen[:, None]
-        logits = self.model(
-            input_ids=self.tokens[:, None], position_ids=positions, cache=self.cache, use_cache=True,
-            attention_mask=torch.arange(length + 1, device=positions.device) >= length - positions,
-        ).logits[:, -1].float()  # fmt: skip
+        output = self.model(
+            input_ids=self.tokens[:, None], attention_mask=self.cache.mask(self.seen), position_ids=self.seen[:, None],
+            cache=self.cache, use_cache=True,
+        )  # fmt: skip
+        logits = output.logits[:, -1].float()
+        del output
         self.cache.advance()
         self.seen = self.seen + 1
         self.tokens, going = self._draw(self.writing, logits)
@@ -201,7 +203,8 @@ class Batch:
                 "from an earlier checkpoint. Or its weights are broken."
             )
         added = zip(answers, tokens.tolist(), log_probs, strict=True)
-        return tokens, [row for row, (answer, *token) in enumerate(added) if answer.add(*token, self.ends)]
+        goes_on = [answer.add(token, log_prob, self.ends) for answer, token, log_prob in added]
+        return tokens, [row for row, going in enumerate(goes_on) if going]
 
     def _keep(self, going: Sequence[int]) -> None:
         """These rows only; the last of them take the places of those that are done."""

@@ -9,7 +9,7 @@ the rows that needed them are done.
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import (
@@ -111,13 +111,13 @@ class RowStates(LinearAttentionLayer):
 
     def keep(self, order: Int[Tensor, " n"], moved: Int[Tensor, " m"]) -> None:
         """These rows only, in this order."""
-        self.reorder_cache(order)
+        self.reorder_cache(order)  # type: ignore[arg-type]
 
     def reserve(self, rows: int, columns: int) -> None:
         """States do not grow."""
 
 
-class RowStatesAndLayer(RowStates, RowLayer):
+class RowStatesAndLayer(RowStates, RowLayer):  # type: ignore[misc, override]
     """A layer that has both: attention beside recurrence (Falcon-H1)."""
 
     def __init__(self, rows: int, columns: int, sliding_window: int | None, number_of_states: int) -> None:
@@ -163,17 +163,24 @@ class RowCache(Cache):
         """Tokens that the longest row has seen."""
         self.shorten(length)
 
+    def mask(self, seen: Int[Tensor, " n"]) -> Bool[Tensor, "n t"] | None:
+        """Which columns belong to each row, the next one included, from how many tokens it has seen.
+
+        None where no layer looks back: such models take a mask for that of the tokens that they are given.
+        """
+        if not any(isinstance(layer, RowLayer) for layer in self.layers):
+            return None
+        return torch.arange(self.length + 1, device=seen.device) >= self.length - seen[:, None]
+
     def append(self, prefilled: DynamicCache, index: Int[Tensor, " m"]) -> None:
         """More rows, taken from those of a prefill that is padded on the left."""
-        for layer, source in zip(self.layers, prefilled.layers, strict=True):
-            if not isinstance(layer, DummyLayer):
-                layer.append(source, index)
+        for layer, source in zip(_kept(self), _kept(prefilled), strict=True):
+            layer.append(source, index)
 
     def keep(self, order: Int[Tensor, " n"], moved: Int[Tensor, " m"]) -> None:
         """The first rows only: row i is the former row `order[i]`, another one where i is among `moved`."""
-        for layer in self.layers:
-            if not isinstance(layer, DummyLayer):
-                layer.keep(order, moved)
+        for layer in _kept(self):
+            layer.keep(order, moved)
 
     def advance(self) -> None:
         """Every row has written a token."""
@@ -189,14 +196,18 @@ class RowCache(Cache):
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for so many rows and tokens, layer by layer."""
         self.room = columns
-        for layer in self.layers:
-            if not isinstance(layer, DummyLayer):
-                layer.reserve(rows, columns)
+        for layer in _kept(self):
+            layer.reserve(rows, columns)
 
 
 def recurrent(model: PreTrainedModel) -> bool:
     """Whether a layer keeps a state, which padding in a prompt would change."""
     return any(isinstance(layer, LinearAttentionLayer) for layer in DynamicCache(config=model.config).layers)
+
+
+def _kept(cache: Cache) -> list[Any]:
+    """The layers that keep something."""
+    return [layer for layer in cache.layers if not isinstance(layer, DummyLayer)]
 
 
 def _row_layer(layer: Any, rows: int, columns: int, model: PreTrainedModel) -> Any:

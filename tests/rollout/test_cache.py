@@ -11,6 +11,7 @@ from transformers import (
     FalconH1Config,
     Gemma3TextConfig,
     Lfm2Config,
+    MambaConfig,
     MistralConfig,
     PreTrainedModel,
     Qwen3NextConfig,
@@ -31,6 +32,7 @@ SPECIAL = {
         Gemma3TextConfig,
         {"sliding_window": WINDOW, "head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]},
     ),
+    "mamba-without-attention": (MambaConfig, {"state_size": 8}),
     "lfm2-convolutions": (Lfm2Config, {"layer_types": ["conv", "full_attention"], "conv_L_cache": 3}),
     "falcon-h1-mamba-beside-attention": (
         FalconH1Config,
@@ -182,6 +184,7 @@ def test_memory_is_that_of_the_rows_and_columns_asked_for():
     ("name", "kinds"),
     [
         ("sliding", {RowLayer}),
+        ("mamba-without-attention", {RowStates}),
         ("lfm2-convolutions", {RowStates, RowLayer}),
         ("falcon-h1-mamba-beside-attention", {RowStatesAndLayer}),
         ("qwen3-next-gated-delta", {RowStates, RowLayer}),
