@@ -222,7 +222,7 @@ def test_a_server_that_answers_with_old_weights_is_told_by_name(served, fake, mo
 def test_another_model_on_the_server_is_told(fake, student_tokenizer, tmp_path):
     fake.deaf = True
     other = load_model(str(save_tiny(tmp_path, student_tokenizer, seed=2, **WIDE)), "float32")
-    with pytest.raises(ServerError, match=r"differ from the student's by \d.*tolerance=0\.25"):
+    with pytest.raises(ServerError, match=r"differ from the student's by \d.*tolerance=0\.001"):
         VLLMEngine(Servers(urls=[fake.url])).sync(other)
 
 
