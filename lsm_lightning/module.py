@@ -283,8 +283,9 @@ class OnPolicyDistillation(LightningModule):
 
     def teardown(self, stage: str) -> None:
         """End servers that were started."""
-        for held in (self.engine, *self.teachers.values()):
-            held.close()
+        self.engine.close()
+        for teacher in self.teachers.values():
+            teacher.close()
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,10 @@ from lsm_lightning.types import Completion
 PROBES, PROBE_TOKENS, PROBE_TOP = 4, 160, 8
 """So many texts of so many tokens, which is more than a block of any prefix cache, and so many of the most probable
 tokens after each tell whose weights a server has."""
+RENEWAL = ("/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume")
+"""How a server takes over new weights."""
+HEADLESS = frozenset({"gemma2", "gemma3n", "gemma3n_text"})
+"""Kinds of models to which vLLM gives no output matrix besides the embedding, so that it refuses weights for one."""
 RENEWING = "to take over new weights"
 """What a server fails to do, in an error."""
 
@@ -66,7 +70,7 @@ class VLLMEngine(Engine):
         self.dtype: DType = dtype
         self.tolerance = tolerance
         self._fleet = Fleet(servers, self._renewed)
-        self._scratch: weakref.finalize | None = None
+        self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
         self._limit = 0.0
@@ -170,13 +174,14 @@ class VLLMEngine(Engine):
     def _write(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
         assert self._weights is not None
         if self._fleet.place.is_first_here:
-            # Under both names: on a CPU vLLM packs an output matrix of its own, also where it is the embedding.
-            export.write_weights(self._weights, model, weights, card="A run's present weights.\n", tied_twice=True)
+            # On a CPU vLLM packs the output matrix apart, also where it is the embedding, and has to be given both.
+            twice = model.config.model_type not in HEADLESS
+            export.write_weights(self._weights, model, weights, card="A run's present weights.\n", tied_twice=twice)
 
     def _options(self, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
         options = {
             "--model": str(self._weights),
-            "--tokenizer": model.name_or_path,
+            "--tokenizer": str(model.name_or_path),
             "--served-model-name": "student",
             "--dtype": str(dtype).removeprefix("torch."),
         }
@@ -193,15 +198,13 @@ class VLLMEngine(Engine):
 
     def _renew(self, url: str, former: "_Probe | None") -> None:
         """Have a server load the weights, and make sure that it has."""
-        steps: dict[str, dict[str, object]] = {
-            "/pause?mode=wait": {},
+        bodies: dict[str, dict[str, object]] = {
             "/collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
-            "/reset_prefix_cache": {},
             "/update_weight_version": {"new_version": self._version},
-            "/resume": {},
         }
         for _ in range(self.servers.attempts):
-            for path, body in steps.items():
+            for path in RENEWAL:
+                body = bodies.get(path, {})
                 self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
             self._check(url, former)
             if self._is_present(url):
