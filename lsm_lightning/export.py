@@ -138,17 +138,30 @@ def write_weights(
     card: str,
     generation: GenerationConfig | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    tied_twice: bool = False,
 ) -> None:
-    """As `write_student`, where generation settings and tokenizer are known to whoever reads the folder.
+    """As `write_student`, also where generation settings and tokenizer are known to whoever reads the folder.
+
+    Args:
+        folder: See there, as the others.
+        student: See there.
+        weights: See there.
+        card: See there.
+        generation: The generation settings, if any.
+        tokenizer: The tokenizer, if any.
+        tied_twice: Write a weight of two names under the second one too, in a file of its own.
 
     Raises:
         ConfigurationError: The weights are not the model's, or the folder cannot be written.
     """
     model = _filled(student, weights)
     model.generation_config = generation or model.generation_config
+    second = {name: weights[first].clone() for name, first in model.all_tied_weights_keys.items() if tied_twice}
     try:
         with _replaced(folder) as fresh:
             model.save_pretrained(fresh)
+            if second:
+                save_file(second, fresh / "tied.safetensors", metadata={"format": "pt"})
             if tokenizer is not None:
                 tokenizer.save_pretrained(fresh)
             (fresh / "README.md").write_text(card)

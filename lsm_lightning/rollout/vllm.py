@@ -2,7 +2,7 @@
 
 import shutil
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,10 @@ from lsm_lightning.types import Completion
 PROBES, PROBE_TOKENS, PROBE_TOP = 4, 160, 8
 """So many texts of so many tokens, which is more than a block of any prefix cache, and so many of the most probable
 tokens after each tell whose weights a server has."""
+RENEWAL = ("/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume")
+"""How a server takes over new weights."""
+HEADLESS = frozenset({"gemma2", "gemma3n", "gemma3n_text"})
+"""Kinds of models to which vLLM gives no output matrix besides the embedding, so that it refuses weights for one."""
 RENEWING = "to take over new weights"
 """What a server fails to do, in an error."""
 
@@ -52,22 +56,24 @@ class VLLMEngine(Engine):
         folder: Where weights go on their way to the servers; a temporary one, if not given.
         dtype: Of the weights that are written and of a server that is started; `auto` is the student's own.
         tolerance: Nats by which the servers' log-probs may differ from the student's, on average, right after they have
-            taken over its weights. Rounding makes it some 1e-5 in float32 and some hundredths in bfloat16.
+            taken over its weights: rounding, 1e-6 in float32 and some hundredths in bfloat16. By default 0.001 where
+            weights are written in float32, and 0.25 otherwise.
     """
 
     def __init__(
-        self, servers: Servers, folder: str | None = None, dtype: DType = "auto", tolerance: float = 0.25
+        self, servers: Servers, folder: str | None = None, dtype: DType = "auto", tolerance: float | None = None
     ) -> None:
-        if not tolerance > 0:
+        if tolerance is not None and not tolerance > 0:
             raise ConfigurationError(f"VLLMEngine(tolerance={tolerance:g}): use a positive number of nats.")
         self.servers = servers
         self.folder = folder
         self.dtype: DType = dtype
         self.tolerance = tolerance
         self._fleet = Fleet(servers, self._renewed)
-        self._scratch: weakref.finalize | None = None
+        self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
+        self._limit = 0.0
         self._run, self._syncs = "", 0
 
     @classmethod
@@ -93,7 +99,8 @@ class VLLMEngine(Engine):
         fresh = not fleet.is_open
         if fresh:
             fleet.find_place()
-        dtype = model.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        dtype: torch.dtype = model.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+        self._limit = self.tolerance or (0.25 if torch.finfo(dtype).bits < 32 else 0.001)
         weights = plain_state_dict(model, keep=fleet.place.is_first_here, dtype=dtype)
         if fresh:
             self._agree()
@@ -167,12 +174,14 @@ class VLLMEngine(Engine):
     def _write(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
         assert self._weights is not None
         if self._fleet.place.is_first_here:
-            export.write_weights(self._weights, model, weights, card="The weights of a run that goes on.\n")
+            # On a CPU vLLM packs the output matrix apart, also where it is the embedding, and has to be given both.
+            twice = model.config.model_type not in HEADLESS
+            export.write_weights(self._weights, model, weights, card="A run's present weights.\n", tied_twice=twice)
 
     def _options(self, model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
         options = {
             "--model": str(self._weights),
-            "--tokenizer": model.name_or_path,
+            "--tokenizer": str(model.name_or_path),
             "--served-model-name": "student",
             "--dtype": str(dtype).removeprefix("torch."),
         }
@@ -189,15 +198,13 @@ class VLLMEngine(Engine):
 
     def _renew(self, url: str, former: "_Probe | None") -> None:
         """Have a server load the weights, and make sure that it has."""
-        steps: dict[str, dict[str, object]] = {
-            "/pause?mode=wait": {},
+        bodies: dict[str, dict[str, object]] = {
             "/collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
-            "/reset_prefix_cache": {},
             "/update_weight_version": {"new_version": self._version},
-            "/resume": {},
         }
         for _ in range(self.servers.attempts):
-            for path, body in steps.items():
+            for path in RENEWAL:
+                body = bodies.get(path, {})
                 self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
             self._check(url, former)
             if self._is_present(url):
@@ -220,12 +227,12 @@ class VLLMEngine(Engine):
         told = self._told(url, self._probe)
         gap = self._probe.gap(told)
         before = torch.inf if former is None else former.gap(told)
-        if not gap <= self.tolerance or before < gap / 2:
+        if not gap <= self._limit or before < gap / 2:
             whose = f", and by {before:.2g} nats from those before" if before < gap else ""
             raise ServerError(
                 f"The server {url} was told to load the weights in {self._weights}, and its log-probs differ from the "
-                f"student's by {gap:.2g} nats{whose} (tolerance={self.tolerance:g}). It has to be started with the "
-                "student's configuration and see this folder."
+                f"student's by {gap:.2g} nats{whose} (tolerance={self._limit:g}). It has to be started with the "
+                "student's configuration and see this folder; if it computes in a shorter type, raise the tolerance."
             )
 
     def _told(self, url: str, probe: "_Probe") -> list[dict[int, float]]:

@@ -120,7 +120,7 @@ class Client:
             except TimeoutError:
                 failure = f"gave no answer within {self._patience.timeout:g} s"
             except (aiohttp.ClientError, OSError) as error:
-                failure = f"was not reachable or broke off ({str(error) or type(error).__name__})"
+                failure = f"was not reachable or broke off ({_short(str(error)) or type(error).__name__})"
                 self._outages[url] += url not in self._away
                 self._away.setdefault(url, 0.0)
             except json.JSONDecodeError as error:
@@ -173,11 +173,16 @@ class Client:
 
 
 def _quote(text: str) -> str:
-    """The message in an error's JSON, or the text itself; short and in one line."""
+    """The message in an error's JSON, or the text itself."""
     try:
         told = json.loads(text)
         text = told.get("message") or told["error"]["message"]
     except (ValueError, KeyError, TypeError, AttributeError):
         pass
-    line = " ".join(str(text).split())
+    return _short(str(text))
+
+
+def _short(text: str) -> str:
+    """In one line."""
+    line = " ".join(text.split())
     return line if len(line) <= QUOTED else f"{line[:QUOTED]}…"

@@ -4,7 +4,7 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.serving.client import BadAnswer, Client, Patience, Question
@@ -175,7 +175,7 @@ class Fleet:
         return healthy(url) and self._fit(url)
 
 
-def _read_model(answer: dict[str, list[dict[str, object]]]) -> Model:
+def _read_model(answer: dict[str, Any]) -> Model:
     (card, *_) = answer["data"]
     name, context = card["id"], card.get("max_model_len")
     if not isinstance(name, str) or not isinstance(context, int):

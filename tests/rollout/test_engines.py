@@ -12,10 +12,12 @@ from slow import response_logits
 from tiny import random_ids, save_tiny
 from torch.testing import assert_close
 from transformers import PreTrainedModel
+from vllm_python import vllm_launch
 
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling, VLLMEngine
+from lsm_lightning.rollout import vllm as vllm_module
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.serving import Launch, ServerError, Servers
 from lsm_lightning.types import Completion
@@ -23,8 +25,6 @@ from lsm_lightning.types import Completion
 GREEDY = Sampling(temperature=0.0)
 ENDS = frozenset(range(0, 340, 9))
 PROMPTS = [random_ids(seed, length) for seed, length in enumerate([3, 17, 9, 1, 9, 30])]
-VLLM_PYTHON = "LSM_LIGHTNING_VLLM_PYTHON"
-"""An environment variable: the Python that has vLLM."""
 WIDE = {"hidden_size": 64, "initializer_range": 0.1}
 """Heads of 32, the least that vLLM's kernels know."""
 
@@ -41,19 +41,9 @@ def model(folder) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def vllm() -> Iterator[VLLMEngine]:
-    python = os.environ.get(VLLM_PYTHON)
-    if not python:
-        pytest.skip(f"{VLLM_PYTHON} does not name a Python that has vLLM: run `make test-vllm`")
-    engine = VLLMEngine(Servers(launch=vllm_launch(python)))
+    engine = VLLMEngine(Servers(launch=vllm_launch()))
     yield engine
     engine.close()
-
-
-def vllm_launch(python: str) -> Launch:
-    return Launch(
-        command=[python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"],
-        environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
-    )
 
 
 @pytest.fixture(params=["local", "served", pytest.param("vllm", marks=pytest.mark.vllm)])
@@ -180,6 +170,34 @@ def changed(model: PreTrainedModel, by: float = 0.03) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=by)
 
 
+STALE = {
+    "old weights": ("/pause?mode=wait", "/reset_prefix_cache", "/update_weight_version", "/resume"),
+    "old prompts": ("/pause?mode=wait&clear_cache=false", "/collective_rpc", "/update_weight_version", "/resume"),
+}
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("what", STALE)
+def test_what_vllm_has_kept_is_noticed(vllm, model, monkeypatch, what):
+    vllm.sync(model)
+    changed(model)
+    monkeypatch.setattr(vllm_module, "RENEWAL", STALE[what])
+    with pytest.raises(ServerError, match=r"differ from the student's by \d"):
+        vllm.sync(model)
+    monkeypatch.undo()
+    vllm.sync(model)
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("change", ["embed_tokens", "q_proj", "o_proj", "gate_proj", "down_proj", "layernorm"])
+def test_every_kind_of_weight_goes_over(vllm, model, change):
+    """The embedding is the output matrix too."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(1.1 if change in name else 1.0)
+    vllm.sync(model)  # raises where what the server says is not what the model says
+
+
 # ---- engines on servers ---------------------------------------------------------------------------------------------
 
 
@@ -222,7 +240,7 @@ def test_a_server_that_answers_with_old_weights_is_told_by_name(served, fake, mo
 def test_another_model_on_the_server_is_told(fake, student_tokenizer, tmp_path):
     fake.deaf = True
     other = load_model(str(save_tiny(tmp_path, student_tokenizer, seed=2, **WIDE)), "float32")
-    with pytest.raises(ServerError, match=r"differ from the student's by \d.*tolerance=0\.25"):
+    with pytest.raises(ServerError, match=r"differ from the student's by \d.*tolerance=0\.001"):
         VLLMEngine(Servers(urls=[fake.url])).sync(other)
 
 

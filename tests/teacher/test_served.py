@@ -1,6 +1,5 @@
 """A served teacher says what a local one of the same weights says."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,15 @@ from fake_vllm import FakeServer, Fault, serving
 from slow import sampled_ids, turn_of
 from teachers import K, asked, members, nothing_added
 from tiny import random_ids, save_tiny
+from vllm_python import vllm_launch
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import Sampling
-from lsm_lightning.serving import Launch, ServerError, Servers
+from lsm_lightning.serving import ServerError, Servers
 from lsm_lightning.serving import client as client_module
 from lsm_lightning.teacher import LocalTeacher, ServedTeacher
 from lsm_lightning.types import Support
 
-VLLM_PYTHON = "LSM_LIGHTNING_VLLM_PYTHON"
 CLOSE = 1e-3
 """Nats."""
 
@@ -38,18 +37,7 @@ def fake(folder) -> Iterator[FakeServer]:
 
 @pytest.fixture(scope="module")
 def vllm(folder) -> Iterator[Servers]:
-    python = os.environ.get(VLLM_PYTHON)
-    if not python:
-        pytest.skip(f"{VLLM_PYTHON} does not name a Python that has vLLM: run `make test-vllm`")
-    first = ServedTeacher(
-        str(folder),
-        Servers(
-            launch=Launch(
-                command=[python, "-m", "vllm.entrypoints.openai.api_server", "--enforce-eager"],
-                environment={"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"},
-            )
-        ),
-    )
+    first = ServedTeacher(str(folder), Servers(launch=vllm_launch()))
     first._options = {"--model": str(folder), "--max-logprobs": "40", "--dtype": "float32"}
     first._fleet.find_place()
     first._fleet.open([word for option in first._options.items() for word in option])
