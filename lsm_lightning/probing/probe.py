@@ -16,18 +16,11 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.masks import MaskPolicy, kept, loss_mask
 from lsm_lightning.objectives import Objective
 from lsm_lightning.probing.answers import Played, in_students_tokens, openings, play, shuffled
+from lsm_lightning.probing.endings import check_ending
 from lsm_lightning.probing.finding import Finding, Verdict, ok, warning
 from lsm_lightning.probing.masked import Masked, check_kept, masked
-from lsm_lightning.probing.scores import (
-    check_count,
-    check_ending,
-    check_order,
-    check_sense,
-    check_sums,
-    check_taught_end,
-    check_writing,
-    split,
-)
+from lsm_lightning.probing.own import OwnAnswers, check_order, check_taught_end, check_writing
+from lsm_lightning.probing.scores import check_count, check_sense, check_sums, split
 from lsm_lightning.probing.templates import check_room, check_template, longest_prompt
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.collect import Player
@@ -230,7 +223,7 @@ def _judged(
 ) -> TaskProbe:
     """The findings that follow from what was written and how the teacher scored it."""
     pair, tokens = probing.teacher.pair, probing.objective.teacher_tokens
-    students, own, students_jumbled, own_jumbled = split(support, *written.groups)
+    students, read, students_jumbled, read_jumbled = split(support, *written.groups)
     mask = loss_mask(pair, students.turns, probing.mask)
     keep = kept(mask, students.support, sampled=probing.objective.compares_sampled)
     check_end = partial(check_ending, new=probing.new, cut=probing.new < probing.task.max_new_tokens)
@@ -241,12 +234,13 @@ def _judged(
         check_end("student", students.turns, probing.student.turn_end, pair.student, pair.tags),
     ]
     if writer is not None:
-        reading = respelled(own.turns, pair) if probing.respell else as_it_stands(own.turns, pair.teacher.size)
+        as_read = respelled(read.turns, pair) if probing.respell else as_it_stands(read.turns, pair.teacher.size)
+        own = OwnAnswers(written=written.own.turns, scored=read, reading=as_read)
         found += [
-            check_end("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags),
-            check_writing(written.own.turns, reading, own, writer.turn_end),
-            check_order(own, own_jumbled),
-            check_taught_end(written.own.turns, own, pair, probing.mask),
+            check_end("teacher", own.written, writer.turn_end, pair.teacher, pair.tags),
+            check_writing(own, writer.turn_end),
+            check_order(own, read_jumbled),
+            check_taught_end(own, pair, probing.mask),
         ]
     found.append(check_kept(keep.cpu().numpy(), students.support, probing.mask, tokens))
     sides = {"student": (students.turns, written.students.rewards)}
