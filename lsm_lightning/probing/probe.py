@@ -5,7 +5,8 @@ Nothing of the run changes by it. The first process decides; the others take par
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -140,24 +141,37 @@ def probe_task(probing: Probing, *, leads: bool, broadcast: Callable[[Any], Any]
     writer = probing.teacher.player(Sampling(temperature=0.0)) if probing.teacher_writes else None
     findings: list[Finding] = []
     written: _Written | None = None
-    failed: ConfigurationError | None = None
-    if leads:
-        try:
+    with _told_to_all(leads, broadcast):
+        if leads:
             findings, written = _prepared(probing, writer, report)
-        except ConfigurationError as error:
-            failed = error
-    failed, goes_on = broadcast((failed, written is not None))
-    if failed is not None:
-        raise failed
     probe = TaskProbe(name=probing.name, report=report, findings=findings)
-    if goes_on:
-        # One call for all, so that processes that share a teacher go through it equally often.
-        turns = [] if written is None else [turn for group in written.groups for turn in group]
-        nothing = torch.zeros((sum(len(turn.completion.ids) for turn in turns), 0), dtype=torch.long)
-        support = probing.teacher.score(turns, nothing.to(probing.device))
-        if written is not None:
-            probe = _judged(probing, probe, writer, written, support)
+    if broadcast(written is not None):
+        with _told_to_all(leads, broadcast):
+            # One call for all, so that processes that share a teacher go through it equally often.
+            turns = [] if written is None else [turn for group in written.groups for turn in group]
+            nothing = torch.zeros((sum(len(turn.completion.ids) for turn in turns), 0), dtype=torch.long)
+            support = probing.teacher.score(turns, nothing.to(probing.device))
+            if written is not None:
+                probe = _judged(probing, probe, writer, written, support)
     return broadcast(replace(probe, seconds=time.perf_counter() - started))
+
+
+@contextmanager
+def _told_to_all(leads: bool, broadcast: Callable[[Any], Any]) -> Iterator[None]:
+    """Raise on all processes what the one that leads meets, or the others would wait for it."""
+    met: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not leads:
+            raise
+        met = error
+    alike = met if met is None or isinstance(met, ConfigurationError) else RuntimeError(str(met))
+    told = broadcast(alike)
+    if met is not None:
+        raise met
+    if told is not None:
+        raise told
 
 
 def _prepared(probing: Probing, writer: Player | None, report: Report) -> tuple[list[Finding], _Written | None]:

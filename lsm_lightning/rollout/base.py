@@ -54,6 +54,6 @@ class Engine(ABC):
     ) -> list[Completion]:
         """Answers in the order of the requests; each ends with a token of `turn_end` or is `truncated`."""
 
-    def room(self, prompt_length: int) -> int | None:
-        """How many tokens may still be written after a prompt of so many, from 0 on; None: no limit is known."""
+    def room(self, prompt_tokens: int) -> int | None:
+        """How many tokens fit into the model's context behind a prompt; below 1 is none, None is no limit."""
         return None

@@ -73,11 +73,11 @@ class LocalEngine(Engine):
                 completions.update(zip(part, rows.decode(sampling), strict=True))
         return [completions[i] for i in range(len(requests))]
 
-    def room(self, prompt_length: int) -> int | None:
+    def room(self, prompt_tokens: int) -> int | None:
         """See `Engine.room`."""
         assert self._replica is not None, "sync() comes before room()"
         limit = getattr(self._replica.config, "max_position_embeddings", None)
-        return None if limit is None else max(0, limit - prompt_length)
+        return None if limit is None else limit - prompt_tokens
 
 
 @dataclass
