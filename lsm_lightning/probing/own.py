@@ -95,10 +95,10 @@ def check_order(own: OwnAnswers, jumbled: Scored) -> Finding:
     check, right, wrong = "own answers", own.scored.mean, jumbled.mean
     if math.isnan(right) or math.isnan(wrong):
         return unknown(check, "There was nothing to compare them with: too short, or of one token only")
-    text = f"{right:.2f} nats a token, and {wrong:.2f} for the same tokens shuffled"
+    text = f"The teacher gives them {right:.2f} nats a token, shuffled {wrong:.2f}"
     tokens = sum(len(turn.completion.ids) for turn in own.written)
     if right <= wrong and sum(own.as_written) < AS_WRITTEN * tokens:
-        return unknown(check, f"{text}; but most of them it does not read as it wrote them")
+        return unknown(check, f"{text}, but reads most of them otherwise than it wrote them")
     if right <= wrong:
         return refused(
             check,
@@ -106,7 +106,7 @@ def check_order(own: OwnAnswers, jumbled: Scored) -> Finding:
             "It does not mean what it says: its weights, tokenizer and chat template do not belong together, or its "
             "answers are taken at the wrong positions.",
         )
-    return ok(check, f"{text}: {right - wrong:.2f} more")
+    return ok(check, f"{text}, {right - wrong:.2f} less")
 
 
 def check_taught_end(own: OwnAnswers, pair: Pair, mask: str) -> Finding:

@@ -285,8 +285,9 @@ def _check_tokenizers(probing: Probing, report: Report) -> Finding:
     spelt = [name for name in report.mismatches if name != "prompts"]
     if not spelt:
         return ok(check, f"{text}; both spell alike")
+    names = ", ".join(visible(name, blanks=False) for name in spelt)
     return warning(
         check,
-        f"{text}; otherwise spelt: {', '.join(map(visible, spelt))}, and model.mask is {probing.mask}",
+        f"{text}; otherwise spelt: {names}, and model.mask is {probing.mask}",
         "Set it to repair, which lets the teacher read its own spelling.",
     )

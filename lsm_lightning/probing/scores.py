@@ -142,8 +142,8 @@ def check_sense(students: Scored, jumbled: Scored, keep: Bool[Tensor, " n"], pai
     ours = torch.tensor(values, dtype=torch.float64, device=theirs.device)[here]
     chance, shuffled = -math.log(pair.teacher.known), jumbled.mean
     text = (
-        f"{float(theirs.mean()):.2f} nats a token, {shuffled:.2f} shuffled, {chance:.2f} by chance; "
-        f"by the student itself {float(ours.mean()):.2f}"
+        f"The teacher gives them {float(theirs.mean()):.2f} nats a token, shuffled {shuffled:.2f} (chance: "
+        f"{chance:.2f}), and the student itself {float(ours.mean()):.2f}"
     )
     if apart(ours.cpu().numpy(), theirs.cpu().numpy()) < SAME_MODEL and float(-ours.sum()) > 1:
         return warning(
