@@ -1,17 +1,14 @@
 """Looks at tasks, teachers and the student before a run, and refuses to start one that would be for nothing."""
 
-import logging
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lsm_lightning.callbacks.summary import RunSummary
 from lsm_lightning.datamodule import PROBLEMS_PER_SEED, AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.probing import Probing, TaskProbe, probe_task
 from lsm_lightning.probing.report import console, show, show_short
 from lsm_lightning.random_states import random_states, restore_random_states
-
-log = logging.getLogger(__name__)
 
 
 class Probe(Callback):
@@ -21,8 +18,8 @@ class Probe(Callback):
     Args:
         texts: How many answers each side writes for a task; 0 starts a fit without a look.
         tokens: Longest of these answers, where the task does not allow less.
-        teacher_writes: Whether teachers write greedy answers of their own to be scored; a sharded one is held whole by
-            each process meanwhile, as for `summary.evaluate`.
+        teacher_writes: Whether teachers write greedy answers of their own, to be scored. A sharded one does so only
+            with `summary.evaluate`, since each process holds it whole meanwhile.
         refuse: Whether what would ruin a run ends it before it begins; without, it is told, and the run goes on.
 
     Raises:
@@ -67,6 +64,7 @@ class Probe(Callback):
         assert isinstance(module, OnPolicyDistillation)
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, AlternatingTasks)
+        evaluated = any(isinstance(each, RunSummary) and each.evaluate for each in trainer.callbacks)  # type: ignore[attr-defined]
         before = random_states(module.device)
         module.engine.sync(module.student)
         probes = [
@@ -83,7 +81,7 @@ class Probe(Callback):
                     seed=module.seed,
                     texts=self.texts,
                     tokens=self.tokens,
-                    teacher_writes=self.teacher_writes,
+                    teacher_writes=self.teacher_writes and (evaluated or not module.teachers[name].sharded),
                 ),
                 leads=trainer.is_global_zero,
                 broadcast=trainer.strategy.broadcast,

@@ -5,7 +5,8 @@ Nothing of the run changes by it. The first process decides; the others take par
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,18 +17,11 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.masks import MaskPolicy, kept, loss_mask
 from lsm_lightning.objectives import Objective
 from lsm_lightning.probing.answers import Played, in_students_tokens, openings, play, shuffled
+from lsm_lightning.probing.endings import check_ending
 from lsm_lightning.probing.finding import Finding, Verdict, ok, warning
 from lsm_lightning.probing.masked import Masked, check_kept, masked
-from lsm_lightning.probing.scores import (
-    check_count,
-    check_ending,
-    check_order,
-    check_sense,
-    check_sums,
-    check_taught_end,
-    check_writing,
-    split,
-)
+from lsm_lightning.probing.own import OwnAnswers, check_order, check_taught_end, check_writing
+from lsm_lightning.probing.scores import check_count, check_sense, check_sums, split
 from lsm_lightning.probing.templates import check_room, check_template, longest_prompt
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.collect import Player
@@ -147,24 +141,37 @@ def probe_task(probing: Probing, *, leads: bool, broadcast: Callable[[Any], Any]
     writer = probing.teacher.player(Sampling(temperature=0.0)) if probing.teacher_writes else None
     findings: list[Finding] = []
     written: _Written | None = None
-    failed: ConfigurationError | None = None
-    if leads:
-        try:
+    with _told_to_all(leads, broadcast):
+        if leads:
             findings, written = _prepared(probing, writer, report)
-        except ConfigurationError as error:
-            failed = error
-    failed, goes_on = broadcast((failed, written is not None))
-    if failed is not None:
-        raise failed
     probe = TaskProbe(name=probing.name, report=report, findings=findings)
-    if goes_on:
-        # One call for all, so that processes that share a teacher go through it equally often.
-        turns = [] if written is None else [turn for group in written.groups for turn in group]
-        nothing = torch.zeros((sum(len(turn.completion.ids) for turn in turns), 0), dtype=torch.long)
-        support = probing.teacher.score(turns, nothing.to(probing.device))
-        if written is not None:
-            probe = _judged(probing, probe, writer, written, support)
+    if broadcast(written is not None):
+        with _told_to_all(leads, broadcast):
+            # One call for all, so that processes that share a teacher go through it equally often.
+            turns = [] if written is None else [turn for group in written.groups for turn in group]
+            nothing = torch.zeros((sum(len(turn.completion.ids) for turn in turns), 0), dtype=torch.long)
+            support = probing.teacher.score(turns, nothing.to(probing.device))
+            if written is not None:
+                probe = _judged(probing, probe, writer, written, support)
     return broadcast(replace(probe, seconds=time.perf_counter() - started))
+
+
+@contextmanager
+def _told_to_all(leads: bool, broadcast: Callable[[Any], Any]) -> Iterator[None]:
+    """Raise on all processes what the one that leads meets, or the others would wait for it."""
+    met: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        if not leads:
+            raise
+        met = error
+    alike = met if met is None or isinstance(met, ConfigurationError) else RuntimeError(str(met))
+    told = broadcast(alike)
+    if met is not None:
+        raise met
+    if told is not None:
+        raise told
 
 
 def _prepared(probing: Probing, writer: Player | None, report: Report) -> tuple[list[Finding], _Written | None]:
@@ -230,7 +237,7 @@ def _judged(
 ) -> TaskProbe:
     """The findings that follow from what was written and how the teacher scored it."""
     pair, tokens = probing.teacher.pair, probing.objective.teacher_tokens
-    students, own, students_jumbled, own_jumbled = split(support, *written.groups)
+    students, read, students_jumbled, read_jumbled = split(support, *written.groups)
     mask = loss_mask(pair, students.turns, probing.mask)
     keep = kept(mask, students.support, sampled=probing.objective.compares_sampled)
     check_end = partial(check_ending, new=probing.new, cut=probing.new < probing.task.max_new_tokens)
@@ -241,12 +248,13 @@ def _judged(
         check_end("student", students.turns, probing.student.turn_end, pair.student, pair.tags),
     ]
     if writer is not None:
-        reading = respelled(own.turns, pair) if probing.respell else as_it_stands(own.turns, pair.teacher.size)
+        as_read = respelled(read.turns, pair) if probing.respell else as_it_stands(read.turns, pair.teacher.size)
+        own = OwnAnswers(written=written.own.turns, scored=read, reading=as_read)
         found += [
-            check_end("teacher", written.own.turns, writer.turn_end, pair.teacher, pair.tags),
-            check_writing(written.own.turns, reading, own, writer.turn_end),
-            check_order(own, own_jumbled),
-            check_taught_end(written.own.turns, own, pair, probing.mask),
+            check_end("teacher", own.written, writer.turn_end, pair.teacher, pair.tags),
+            check_writing(own, writer.turn_end),
+            check_order(own, read_jumbled),
+            check_taught_end(own, pair, probing.mask),
         ]
     found.append(check_kept(keep.cpu().numpy(), students.support, probing.mask, tokens))
     sides = {"student": (students.turns, written.students.rewards)}
@@ -277,8 +285,9 @@ def _check_tokenizers(probing: Probing, report: Report) -> Finding:
     spelt = [name for name in report.mismatches if name != "prompts"]
     if not spelt:
         return ok(check, f"{text}; both spell alike")
+    names = ", ".join(visible(name, blanks=False) for name in spelt)
     return warning(
         check,
-        f"{text}; otherwise spelt: {', '.join(map(visible, spelt))}, and model.mask is {probing.mask}",
+        f"{text}; otherwise spelt: {names}, and model.mask is {probing.mask}",
         "Set it to repair, which lets the teacher read its own spelling.",
     )

@@ -21,6 +21,8 @@ class Teacher(ABC):
     """The student's tokenizer against the teacher's; there after `setup`."""
     tokenizer: PreTrainedTokenizerBase
     """The teacher's own, with its chat template; there after `setup`."""
+    sharded: bool = False
+    """Whether processes share its weights, so that each has to hold all of them while it writes."""
 
     elsewhere: bool = False
     """Whether its model runs on other machines, so that it may score in a thread while the student writes."""

@@ -173,11 +173,13 @@ def test_a_fit_is_the_same_bit_for_bit_even_after_a_look_that_draws_random_numbe
 # ---- several processes ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_processes_that_share_a_teacher_look_together(settings, alone, tmp_path, broken):
+@pytest.mark.parametrize(("broken", "whole"), [(True, False), (False, False), (False, True)])
+def test_processes_that_share_a_teacher_look_together(settings, alone, tmp_path, broken, whole):
     teacher = settings["model"]["teachers"]["sums"]["init_args"]
     teacher |= {"sharded": True} | ({"chat_template": NO_QUESTION} if broken else {})
-    arguments = alone("fit", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--probing.texts", "2")
+    # Held whole by each process to write, or not at all.
+    evaluate = ["--summary.evaluate", "true"] if whole else []
+    arguments = alone("fit", "--trainer.devices", "2", "--trainer.strategy", "ddp", "--probing.texts", "2", *evaluate)
     with started(arguments, tmp_path / "output", processes=2) as both:
         assert both.wait() == ([2, 2] if broken else [0, 0]), both.said()
     assert ("refused: teacher's template" if broken else " ok") in both.said(0)

@@ -3,7 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from tiny import save_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import FullVocabulary, LocalSupportMatching, Objective, SampledToken
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.pretrained import EMBEDDED_FOLDER, load_model, load_tokenizer, turn_end_ids
@@ -57,6 +58,8 @@ def probed(
     task: Task | None = None,
     student_template: str | None = None,
     sampling: Sampling = Sampling(),
+    leads: bool = True,
+    broadcast: Callable[[Any], Any] = lambda it: it,
     **settings: Any,
 ) -> TaskProbe:
     """What is seen of a pair of models, on the embedded ones' own task if no other is given."""
@@ -81,7 +84,7 @@ def probed(
         "texts": 4, "tokens": 256, **settings,
     }  # fmt: skip
     with mock.patch.object(probe_module, "play", remembered):
-        return probe_task(Probing(**probing), leads=True, broadcast=lambda it: it)
+        return probe_task(Probing(**probing), leads=leads, broadcast=broadcast)
 
 
 def verdicts(probe: TaskProbe) -> dict[str, str]:
@@ -319,7 +322,7 @@ def shuffle_rows(model: PreTrainedModel) -> None:
 
 def test_weights_that_do_not_fit_their_tokenizer_are_refused(tmp_path):
     asserted_refusal(
-        probed(str(copied("math-teacher", tmp_path / "t", shuffle_rows))), "student's answers", "by chance"
+        probed(str(copied("math-teacher", tmp_path / "t", shuffle_rows))), "student's answers", "chance: -7"
     )
 
 
@@ -393,3 +396,48 @@ def test_a_vocabulary_of_its_own_is_compared_where_it_can_be(tmp_path, teacher_t
     folder = save_tiny(tmp_path / "teacher", teacher_tokenizer, seed=2)
     probe = probed(str(folder), objective=LocalSupportMatching(k=8))
     assert text_of(probe, "mask")
+
+
+# ---- several processes ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Told:
+    """What the process that leads told, to be heard by another."""
+
+    messages: list[Any] = field(default_factory=list)
+
+    def tell(self, message: Any) -> Any:
+        self.messages.append(message)
+        return message
+
+    def hear(self, _: Any) -> Any:
+        return self.messages.pop(0)
+
+
+def test_a_process_that_follows_writes_nothing_and_sees_the_same():
+    told, asked = Told(), []
+    led = probed(broadcast=told.tell)
+    following = Answering(TEACHER, lambda support: asked.append(len(support.ids)) or support)
+    with mock.patch.object(LocalEngine, "generate", side_effect=AssertionError("it writes")):
+        followed = probed(following, leads=False, broadcast=told.hear)
+    assert followed == led
+    assert asked == [0]
+    assert told.messages == []
+
+
+@pytest.mark.parametrize("error", [ConfigurationError("a server is away"), KeyError("odd")], ids=["known", "unknown"])
+@pytest.mark.parametrize("where", ["writing", "scoring"])
+def test_all_processes_stop_where_the_first_does(error, where):
+    told = Told()
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    owner, name = (LocalTeacher, "score") if where == "scoring" else (AdditionProblems, "episode")
+    with mock.patch.object(owner, name, fail), pytest.raises(type(error)):
+        probed(broadcast=told.tell)
+    kind = ConfigurationError if isinstance(error, ConfigurationError) else RuntimeError
+    with pytest.raises(kind, match=r"a server is away|odd"):
+        probed(leads=False, broadcast=told.hear)
+    assert told.messages == []
