@@ -32,6 +32,7 @@ from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.running import LocalGame, RunningGame
 from lsm_lightning.tasks.alfworld.translation import TranslationCache
 from lsm_lightning.tasks.alfworld.workers import WorkerPool
+from lsm_lightning.tasks.alfworld.world import WORLDS, WorldName
 
 Row = dict[str, Any]
 
@@ -146,11 +147,11 @@ def bench_beginning(sets: dict[str, list[Game]]) -> list[Row]:
     return rows
 
 
-def bench_generator(count: int, played: int) -> list[Row]:
+def bench_generator(worlds: Sequence[WorldName], count: int, played: int) -> list[Row]:
     """Games made a second, and how many of them are won by their plan."""
     rows = []
     engine = Engine()
-    for world in ("mini", "full"):
+    for world in worlds:
         generate(0, 0, world)
         with Timer() as timer:
             games = [generate(1, index, world) for index in range(count)]
@@ -255,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the measurements, print them, write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", help="folder of genuine games")
+    parser.add_argument("--worlds", nargs="*", choices=sorted(WORLDS), default=sorted(WORLDS), help="to generate")
     parser.add_argument("--count", type=int, default=8, help="games of each sort")
     parser.add_argument("--commands", type=int, default=20, help="commands a game")
     parser.add_argument("--samples", type=int, default=4, help="players of each game, with workers")
@@ -262,14 +264,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_alfworld.json"))
     options = parser.parse_args(arguments)
-    sets = {world: [generate(0, index, world) for index in range(options.count)] for world in ("mini", "full")}
+    sets = {world: [generate(0, index, world) for index in range(options.count)] for world in options.worlds}
     if options.games:
         sets["genuine"] = spread(options.games, options.count)
     results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
     for title, run in {
         "The engines": lambda: bench_engines(sets, options.commands),
         "Beginning a game": lambda: bench_beginning(sets),
-        "The generator": lambda: bench_generator(options.generate, min(60, options.generate)),
+        "The generator": lambda: bench_generator(options.worlds, options.generate, min(60, options.generate)),
         "Episodes in lock step, wall time": lambda: bench_workers(
             sets, options.workers, options.samples, options.commands
         ),

@@ -21,9 +21,9 @@ def bench(folder: Path, *arguments: str) -> dict[str, list[dict[str, float]]]:
 
 
 def test_all_tables_are_filled(tmp_path):
-    sizes = "--count 1 --commands 2 --samples 1 --generate 6 --workers 0 1"
+    sizes = "--worlds mini --count 1 --commands 2 --samples 1 --generate 6 --workers 0 1"
     results = bench(tmp_path, *sizes.split())
-    assert [row["engine"] for row in results["The engines"]] == ["stock", "ours"] * 2
+    assert [row["engine"] for row in results["The engines"]] == ["stock", "ours"]
     assert all(row["won"] == row["plans played"] == row["task types"] == 6 for row in results["The generator"])
     assert {row["workers"] for row in results["Episodes in lock step, wall time"]} == {0, 1}
 
