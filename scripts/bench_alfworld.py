@@ -3,8 +3,9 @@
     python scripts/bench_alfworld.py                                          # generated games, a minute
     python scripts/bench_alfworld.py --games '$ALFWORLD_DATA/json_2.1.1/valid_seen'    # genuine ones as well
 
-Both engines get the same commands: admissible ones at random. Times are of the processor unless they are called wall
-time, so that they mean something on a busy machine too; those of workers are added up. Writes runs/bench_alfworld.json.
+Both engines get the same commands: admissible ones at random. Times are of the processor, so that they mean something
+on a busy machine too; those of episodes in lock step are wall time unless they are called otherwise. Writes
+runs/bench_alfworld.json.
 """
 
 import argparse
@@ -31,6 +32,7 @@ from lsm_lightning.tasks.alfworld.games import generate
 from lsm_lightning.tasks.alfworld.running import LocalGame, RunningGame
 from lsm_lightning.tasks.alfworld.translation import TranslationCache
 from lsm_lightning.tasks.alfworld.workers import WorkerPool
+from lsm_lightning.tasks.alfworld.world import WORLDS, WorldName
 
 Row = dict[str, Any]
 
@@ -111,7 +113,7 @@ def bench_engines(sets: dict[str, list[Game]], commands: int) -> list[Row]:
                     "engine": type(engine).__name__.lower(),
                     "begin, ms": 1000 * begin.cpu / len(games),
                     "command, ms": 1000 * play.cpu / total,
-                    "commands/s a core": total / play.cpu,
+                    "commands/s": total / play.cpu,
                     "by wall time": total / play.wall,
                 }
             )
@@ -145,11 +147,11 @@ def bench_beginning(sets: dict[str, list[Game]]) -> list[Row]:
     return rows
 
 
-def bench_generator(count: int, played: int) -> list[Row]:
+def bench_generator(worlds: Sequence[WorldName], count: int, played: int) -> list[Row]:
     """Games made a second, and how many of them are won by their plan."""
     rows = []
     engine = Engine()
-    for world in ("mini", "full"):
+    for world in worlds:
         generate(0, 0, world)
         with Timer() as timer:
             games = [generate(1, index, world) for index in range(count)]
@@ -168,7 +170,11 @@ def bench_generator(count: int, played: int) -> list[Row]:
 
 
 def bench_workers(sets: dict[str, list[Game]], sizes: Sequence[int], samples: int, rounds: int) -> list[Row]:
-    """Many episodes in lock step: each game by several players, so many commands each."""
+    """Many episodes in lock step: each game by several players, so many commands each.
+
+    Wall time until the workers have shown a first scene, until all games have begun, and for all commands; then the
+    processor's time in this process and in the workers, their start included, and the workers' memory.
+    """
     return [
         {"games": name, "workers": size, **_lock_step(games, size, samples, rounds)}
         for name, games in sets.items()
@@ -206,15 +212,15 @@ def _lock_step(games: list[Game], size: int, samples: int, rounds: int) -> Row:
     if pool:
         pool.close()
     later = resource.getrusage(resource.RUSAGE_CHILDREN)
-    children = later.ru_utime + later.ru_stime - earlier.ru_utime - earlier.ru_stime
+    children = max(0.0, later.ru_utime + later.ru_stime - earlier.ru_utime - earlier.ru_stime)
     total = rounds * len(episodes)
     return {
-        "first scene, wall s": ready,
-        "begin, wall s": begin.wall,
-        "play, wall s": play.wall,
-        "commands/s by wall time": total / play.wall,
-        "CPU s here": own,
-        "CPU s of workers": children,
+        "first, s": ready if pool else 0.0,
+        "begin, s": begin.wall,
+        "play, s": play.wall,
+        "commands/s": total / play.wall,
+        "CPU here, s": own,
+        "of workers, s": children,
         "MB": memory / 1e6,
     }
 
@@ -250,6 +256,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the measurements, print them, write them down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--games", help="folder of genuine games")
+    parser.add_argument("--worlds", nargs="*", choices=sorted(WORLDS), default=sorted(WORLDS), help="to generate")
     parser.add_argument("--count", type=int, default=8, help="games of each sort")
     parser.add_argument("--commands", type=int, default=20, help="commands a game")
     parser.add_argument("--samples", type=int, default=4, help="players of each game, with workers")
@@ -257,15 +264,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("runs/bench_alfworld.json"))
     options = parser.parse_args(arguments)
-    sets = {world: [generate(0, index, world) for index in range(options.count)] for world in ("mini", "full")}
+    sets = {world: [generate(0, index, world) for index in range(options.count)] for world in options.worlds}
     if options.games:
         sets["genuine"] = spread(options.games, options.count)
     results: dict[str, Any] = {"cores": os.cpu_count(), "load": os.getloadavg(), "python": sys.version.split()[0]}
     for title, run in {
         "The engines": lambda: bench_engines(sets, options.commands),
         "Beginning a game": lambda: bench_beginning(sets),
-        "The generator": lambda: bench_generator(options.generate, min(60, options.generate)),
-        "Episodes in lock step": lambda: bench_workers(sets, options.workers, options.samples, options.commands),
+        "The generator": lambda: bench_generator(options.worlds, options.generate, min(60, options.generate)),
+        "Episodes in lock step, wall time": lambda: bench_workers(
+            sets, options.workers, options.samples, options.commands
+        ),
     }.items():
         results[title] = run()
         show(title, results[title])

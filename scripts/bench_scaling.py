@@ -50,6 +50,7 @@ from lsm_lightning.reductions import position_weights
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.tasks.alfworld import AlfworldGames
+from lsm_lightning.tasks.alfworld.workers import WorkerPool
 from lsm_lightning.tasks.base import Episode, Task
 from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
@@ -148,6 +149,7 @@ class Stopwatch:
                 self.around(episode, name, "environment")
         for task in (AdditionProblems, AlfworldGames):
             self.around(task, "episode", "environment")
+        self.around(WorkerPool, "scene", "environment")  # an episode that is asked whether it is over waits there
         Clock.phase = lambda clock, name: self.phases(clock, name)  # type: ignore[method-assign]
 
 

@@ -130,17 +130,21 @@ class FakeServer:
                 raise RefusedError(f"requested {body[name]} logprobs, more than max_logprobs={self.max_logprobs}")
         # Of a prompt that was seen before the keys and values are kept, whatever the weights are by now.
         model = self.cached.setdefault(tuple(ids), self.model)
-        sampling = Sampling(temperature=body["temperature"], top_p=body.get("top_p", 1.0))
+        stop = tuple(body.get("stop") or ())
+        sampling = Sampling(temperature=body["temperature"], top_p=body.get("top_p", 1.0), stop=stop)
         (written,) = LocalEngine.around(model).generate(
             [Request(ids=ids, seed=body.get("seed") or 0)],
             sampling,
             max_new_tokens=body["max_tokens"],
             turn_end=frozenset(body.get("stop_token_ids", ())),
+            tokenizer=self.words,
         )
+        text = self.words.decode(written.ids)
         choice: dict[str, Any] = {
             "index": 0,
-            "text": self.words.decode(written.ids),
+            "text": text,
             "finish_reason": "length" if written.truncated else "stop",
+            "stop_reason": next((string for string in stop if string in text), None) if written.stopped else None,
             "logprobs": None,
             "prompt_logprobs": None,
             "token_ids": list(written.ids),

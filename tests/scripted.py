@@ -1,5 +1,6 @@
 """A game without an engine, and an engine without a model, for tests of everything around them."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 
@@ -17,6 +18,7 @@ class EchoEpisode(Episode):
 
     def __init__(self, word: str, turns: int) -> None:
         self.kind = word
+        self.invalid_kinds: Counter[str] = Counter()
         self.answers: list[str] = []
         self.closed = 0
         self._turns = turns
@@ -29,7 +31,9 @@ class EchoEpisode(Episode):
     def step(self, answer: str) -> None:
         assert not self.done
         self.answers.append(answer)
-        self.invalid_actions += not answer.strip()
+        if self.kind not in answer:
+            self.invalid_actions += 1
+            self.invalid_kinds["another" if answer.strip() else "blank"] += 1
         self.done = len(self.answers) == self._turns
         self.reward = sum(self.kind in said for said in self.answers) / self._turns
 
@@ -45,6 +49,8 @@ class EchoGames(Task):
         test_size: Number of test games.
         max_new_tokens: Longest answer.
     """
+
+    invalid_kinds = ("blank", "another")
 
     def __init__(self, turns: int = 2, test_size: int = 4, max_new_tokens: int = 6) -> None:
         self.turns = turns

@@ -419,6 +419,14 @@ def test_curves_of_every_task_are_written(prepare, tmp_path):
             assert len(events.Scalars(f"{task}/{name}")) == 2
 
 
+def test_answers_that_cannot_be_used_are_told_by_kind(prepare):
+    sums, echo = prepare(2).fit().history.steps
+    kinds = [echo[f"echo/train/invalid/{kind}"] for kind in ("blank", "another")]
+    assert sum(kinds) == pytest.approx(echo["echo/train/invalid_actions"])
+    assert sum(kinds) > 0
+    assert not [name for name in sums if "/invalid/" in name], "this task tells no kinds apart"
+
+
 def test_numbers_of_a_step_are_in_their_bounds(prepare):
     run = prepare(4).fit()
     for step in run.history.steps:

@@ -46,6 +46,10 @@ class Request:
     limit: int | None = None
     """Most tokens of this answer, where `max_new_tokens` is more than there is room for."""
 
+    def longest(self, max_new_tokens: int) -> int:
+        """Most tokens of this answer."""
+        return max_new_tokens if self.limit is None else min(self.limit, max_new_tokens)
+
 
 class Engine(ABC):
     """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""

@@ -53,7 +53,7 @@ class Answer:
     @classmethod
     def of(cls, request: Request, max_new_tokens: int) -> "Answer":
         """Nothing is written yet."""
-        limit = max_new_tokens if request.limit is None else min(request.limit, max_new_tokens)
+        limit = request.longest(max_new_tokens)
         return cls(prompt=tuple(request.ids), limit=limit, random=np.random.default_rng(request.seed))
 
     def add(self, token: int, log_prob: float, ends: Ends) -> bool:

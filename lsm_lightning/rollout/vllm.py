@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 # As a module: it imports this package too.
 from lsm_lightning import export
@@ -113,7 +113,13 @@ class VLLMEngine(Engine):
         together(lambda: self._renew_all(former))
 
     def generate(
-        self, requests: Sequence[Request], sampling: Sampling, *, max_new_tokens: int, turn_end: AbstractSet[int]
+        self,
+        requests: Sequence[Request],
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        turn_end: AbstractSet[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
         """See `Engine.generate`.
 
@@ -132,7 +138,7 @@ class VLLMEngine(Engine):
                 what=f"answer {place + 1} of {len(requests)}",
                 path=protocol.COMPLETIONS,
                 body=protocol.writing(name, request, sampling, max_new_tokens, turn_end),
-                read=lambda answer: protocol.read_written(answer, request, max_new_tokens, turn_end),
+                read=lambda answer: protocol.read_written(answer, request, sampling, max_new_tokens, turn_end),
             )
 
         questions = [(number[tuple(request.ids)], question(place, request)) for place, request in enumerate(requests)]
@@ -144,6 +150,11 @@ class VLLMEngine(Engine):
             for url in lost:
                 self._renewed(url)
         raise ServerError(f"The server {lost[0]} loses the student's weights again and again: look into its log.")
+
+    def room(self, prompt_tokens: int) -> int | None:
+        """See `Engine.room`; `sync` comes before."""
+        assert self._fleet.model is not None, "sync() comes before room()"
+        return self._fleet.model.context - prompt_tokens
 
     def close(self) -> None:
         """See `Engine.close`."""
@@ -289,9 +300,10 @@ class _Probe:
 
 
 def _check_context(limit: int, requests: Sequence[Request], max_new_tokens: int) -> None:
-    longest = max((len(request.ids) for request in requests), default=0)
-    if longest + max_new_tokens > limit:
-        raise ConfigurationError(
-            f"A prompt of {longest} tokens and max_new_tokens={max_new_tokens} exceed the server's context of {limit} "
-            "tokens. Lower the task's max_new_tokens, shorten its prompt, or start it with a larger --max-model-len."
-        )
+    for request in requests:
+        prompt, new = len(request.ids), request.longest(max_new_tokens)
+        if prompt + new > limit:
+            raise ConfigurationError(
+                f"A prompt of {prompt} tokens and max_new_tokens={new} exceed the server's context of {limit} tokens. "
+                "Lower the task's max_new_tokens, shorten its prompt, or start it with a larger --max-model-len."
+            )

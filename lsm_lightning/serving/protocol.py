@@ -57,9 +57,11 @@ def writing(
         "model": model,
         "prompt": [*request.ids],
         "seed": request.seed,
-        "max_tokens": max_new_tokens,
+        "max_tokens": request.longest(max_new_tokens),
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
+        "stop": [*sampling.stop],
+        "include_stop_str_in_output": True,
         "stop_token_ids": sorted(turn_end),
         "ignore_eos": True,  # ends at the tokens above and at no others
         "logprobs": 0,  # of the sampled token alone
@@ -67,7 +69,7 @@ def writing(
 
 
 def read_written(
-    answer: dict[str, Any], request: Request, max_new_tokens: int, turn_end: AbstractSet[int]
+    answer: dict[str, Any], request: Request, sampling: Sampling, max_new_tokens: int, turn_end: AbstractSet[int]
 ) -> Completion:
     """The answer, with its log-probs at temperature 1 and without top-p.
 
@@ -76,8 +78,9 @@ def read_written(
     """
     choice = _choice(answer, request.ids)
     ids, log_probs = choice["token_ids"], choice["logprobs"]["token_logprobs"]
-    if not 1 <= len(ids) <= max_new_tokens:
-        raise BadAnswer(f"wrote {len(ids)} tokens where 1 to {max_new_tokens} were asked for")
+    longest = request.longest(max_new_tokens)
+    if not 1 <= len(ids) <= longest:
+        raise BadAnswer(f"wrote {len(ids)} tokens where 1 to {longest} were asked for")
     if len(log_probs) != len(ids):
         raise BadAnswer(f"gave {len(log_probs)} log-probs for {len(ids)} tokens")
     if choice["logprobs"]["tokens"] != [f"token_id:{i}" for i in ids]:
@@ -87,9 +90,11 @@ def read_written(
     if any(i in turn_end for i in ids[:-1]):
         raise BadAnswer("wrote on after the end of a turn")
     ended = ids[-1] in turn_end
-    if not ended and len(ids) < max_new_tokens:
+    stopped = not ended and choice["finish_reason"] == "stop" and choice["stop_reason"] in sampling.stop
+    truncated = not (ended or stopped)
+    if truncated and len(ids) < longest:
         raise BadAnswer(f"stopped after {len(ids)} tokens without an end of turn ({choice.get('finish_reason')})")
-    return Completion(ids=ids, log_probs=[float(value) for value in log_probs], truncated=not ended)
+    return Completion(ids=ids, log_probs=[*map(float, log_probs)], truncated=truncated, stopped=stopped)
 
 
 def scoring(model: str, ids: Sequence[int], k: int) -> dict[str, Any]:

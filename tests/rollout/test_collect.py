@@ -41,6 +41,12 @@ def play(episodes: list[EchoEpisode], player: Player, **options) -> list[Traject
     return collect(keyed, player, max_new_tokens=8, **options)
 
 
+def test_trajectories_tell_invalid_actions_by_kind(player):
+    trajectories = play(games(), player)
+    assert [t.invalid_kinds for t in trajectories] == [{}, {"another": 1}, {"another": 3}]
+    assert [t.invalid_actions for t in trajectories] == [0, 1, 3]
+
+
 def test_all_open_episodes_write_one_turn_at_a_time(player):
     play(games(), player)
     assert [len(call) for call in player.engine.calls] == [3, 2, 1]

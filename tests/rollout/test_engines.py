@@ -1,9 +1,11 @@
 """What every engine keeps to: the one of this process, one on servers, and, with `make test-vllm`, one on vLLM."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -67,9 +69,9 @@ def engine(request, model, folder) -> Iterator[Engine]:
 
 def write(
     engine: Engine, requests: list[Request], sampling: Sampling = Sampling(), new: int = 16,
-    ends: frozenset[int] = ENDS,
+    ends: frozenset[int] = ENDS, tokenizer: Any = None,
 ) -> list[Completion]:  # fmt: skip
-    return engine.generate(requests, sampling, max_new_tokens=new, turn_end=ends)
+    return engine.generate(requests, sampling, max_new_tokens=new, turn_end=ends, tokenizer=tokenizer)
 
 
 def requests_of(samples: int = 2) -> list[Request]:
@@ -148,6 +150,32 @@ def test_a_prompt_too_long_for_the_context_is_refused(engine):
     with pytest.raises(ConfigurationError, match=r"250 tokens and max_new_tokens=7 exceed .* 256"):
         write(engine, [Request(ids=random_ids(0, 250), seed=0)], new=7)
     assert len(write(engine, [Request(ids=random_ids(0, 250), seed=0)], new=6)) == 1
+
+
+def test_the_room_behind_a_prompt_is_what_it_may_fill(engine):
+    room = engine.room(200)
+    assert room == 56
+    request = Request(ids=random_ids(0, 200), seed=0, limit=room)
+    (answer,) = write(engine, [request], new=1000, ends=frozenset())
+    assert (len(answer.ids), answer.truncated) == (room, True)
+
+
+def test_a_limit_of_its_own_cuts_an_answer_short(engine):
+    whole = write(engine, requests_of(), ends=frozenset())
+    cut = write(engine, [dataclasses.replace(request, limit=3) for request in requests_of()], ends=frozenset())
+    assert ids_of(cut) == [ids[:3] for ids in ids_of(whole)]
+
+
+def test_a_string_ends_an_answer_with_the_token_that_completes_it(engine, student_tokenizer):
+    requests = requests_of(samples=4)
+    plain = write(engine, requests, Sampling(), new=24, ends=frozenset())
+    answers = write(engine, requests, Sampling(stop=["e"]), new=24, ends=frozenset(), tokenizer=student_tokenizer)
+    assert {answer.stopped for answer in answers} == {True, False}
+    for answer, whole in zip(answers, plain, strict=True):
+        assert answer.ids == whole.ids[: len(answer.ids)]
+        assert "e" not in student_tokenizer.decode(answer.ids[:-1])
+        assert answer.stopped == ("e" in student_tokenizer.decode(answer.ids))
+        assert answer.truncated is not answer.stopped
 
 
 def test_new_weights_count_from_the_next_sync_on(engine, model):

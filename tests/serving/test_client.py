@@ -60,7 +60,7 @@ def questions(number: int, new: int = 6) -> list[tuple[int, Question[Completion]
                 what=f"answer {i + 1} of {number}",
                 path=COMPLETIONS,
                 body=protocol.writing("tiny", request, Sampling(), new, ENDS),
-                read=lambda answer, request=request: protocol.read_written(answer, request, new, ENDS),
+                read=lambda answer, request=request: protocol.read_written(answer, request, Sampling(), new, ENDS),
             ),
         )
         for i, request in enumerate(requests)

@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 
 import pytest
@@ -86,19 +85,6 @@ def test_texts_equal_the_stock_engines_on_a_thousand_random_steps_of_genuine_gam
     assert len({game.kind for game in games}) == 6
     for game in games:
         assert_same_play(engine, stock, game, steps=len(game.plan) + 40)
-
-
-@pytest.mark.slow
-def test_a_core_gives_two_hundred_commands_a_second_to_genuine_games(engine, tmp_path):
-    choose, spent, commands = random.Random(0), 0.0, 60
-    games = unpack(tmp_path, 10)
-    for game in games:
-        engine.start(ground(game))
-        start = time.process_time()
-        for _ in range(commands):
-            engine.act(choose.choice(engine.admissible))
-        spent += time.process_time() - start
-    assert commands * len(games) / spent >= 200
 
 
 def test_the_comparison_can_fail(engine, stock, monkeypatch):

@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 else:
     Channel = Connection  # generic for type checkers only
 
-Message = dict[str, Any]
+Packet = dict[str, Any]
 """What goes over the connection."""
 
-READY: Message = {"ready": True}
+READY: Packet = {"ready": True}
 """The first thing it says."""
 
 
@@ -38,7 +38,7 @@ def main() -> None:
     for name in ("SIGINT", "SIGTERM", "SIGUSR1"):  # a scheduler sends them to all processes; they are for the trainer
         signal.signal(getattr(signal, name), signal.SIG_IGN)
     connection: Channel = Connection(int(sys.argv[1]))
-    requests: SimpleQueue[Message] = SimpleQueue()
+    requests: SimpleQueue[Packet] = SimpleQueue()
     threading.Thread(target=_receive, args=(connection, requests), daemon=True).start()
     extra.require()
     send(connection, READY)
@@ -51,7 +51,7 @@ def main() -> None:
             send(connection, _answer(games, request))
 
 
-def _receive(connection: Channel, requests: SimpleQueue[Message]) -> None:
+def _receive(connection: Channel, requests: SimpleQueue[Packet]) -> None:
     """Take requests as they come, so that who sends many never waits for one to be answered, and end with the trainer.
 
     Without it both sides could wait for the other to read.
@@ -63,7 +63,7 @@ def _receive(connection: Channel, requests: SimpleQueue[Message]) -> None:
             os._exit(0)
 
 
-def _answer(games: dict[int, LocalGame], request: Message) -> Message:
+def _answer(games: dict[int, LocalGame], request: Packet) -> Packet:
     number = request["number"]
     try:
         if request["do"] == "start":
@@ -78,7 +78,7 @@ def _answer(games: dict[int, LocalGame], request: Message) -> Message:
     return {"number": number, "text": scene.text, "admissible": scene.admissible, "won": scene.won}
 
 
-def send(connection: Channel, message: Message) -> None:
+def send(connection: Channel, message: Packet) -> None:
     """Send one message.
 
     Raises:
@@ -87,7 +87,7 @@ def send(connection: Channel, message: Message) -> None:
     connection.send_bytes(json.dumps(message).encode())
 
 
-def receive(connection: Channel) -> Message:
+def receive(connection: Channel) -> Packet:
     """Wait for one message.
 
     Raises:

@@ -21,7 +21,7 @@ from lsm_lightning.tasks import child
 from lsm_lightning.tasks.alfworld.game import Game
 from lsm_lightning.tasks.alfworld.running import RunningGame, Scene
 from lsm_lightning.tasks.alfworld.translation import TranslationCache
-from lsm_lightning.tasks.alfworld.worker import READY, Message, receive, send
+from lsm_lightning.tasks.alfworld.worker import READY, Packet, receive, send
 
 DEATHS_ALLOWED = 3
 """Workers that may die over one game, or at their start, before it is given up."""
@@ -172,7 +172,7 @@ class WorkerPool:
             return self._workers[-1]
         return min(self._workers, key=lambda worker: len(worker.games))
 
-    def _ask(self, state: _State, request: Message) -> None:
+    def _ask(self, state: _State, request: Packet) -> None:
         worker = state.worker
         assert worker is not None
         try:
