@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from functools import cached_property
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,8 +79,13 @@ class LocalEngine(Engine):
     def room(self, prompt_tokens: int) -> int | None:
         """See `Engine.room`; `sync` comes before."""
         assert self._replica is not None, "sync() comes before room()"
-        context = getattr(self._replica.config.get_text_config(), "max_position_embeddings", None)
-        return None if context is None else context - prompt_tokens
+        return None if self._context is None else self._context - prompt_tokens
+
+    @cached_property
+    def _context(self) -> int | None:
+        """Tokens; asked for with every answer, and slow to read from a configuration."""
+        assert self._replica is not None
+        return getattr(self._replica.config.get_text_config(), "max_position_embeddings", None)
 
     def _check_room(self, answer: Answer) -> None:
         room = self.room(len(answer.prompt))
