@@ -127,7 +127,7 @@ class CLI(LightningCLI):
         if self.subcommand == "probe":
             self.save_config_callback = None
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "callbacks": None}
-            looking = [each for each in callbacks if isinstance(each, Probe | RunSummary)]
+            looking: list[Callback] = [each for each in callbacks if isinstance(each, Probe | RunSummary)]
             return super()._instantiate_trainer(config, looking)
         for setting, kind in (("enable_progress_bar", ProgressLine), ("enable_checkpointing", Checkpoint)):
             if config.get(setting) is False:
