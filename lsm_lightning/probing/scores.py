@@ -21,7 +21,7 @@ TOLD_TWICE = 0.1
 """Nats between two places where a token's log-prob stands."""
 FLOOR = 0.0001
 """Nats a token that are nothing, whatever their share."""
-SAME_MODEL = 0.02
+SAME_MODEL = 0.05
 """Between student and teacher, as a share of what is told, below which they are taken for one model."""
 SENSE = 1.0
 """Nats a token that a text has to be more probable than its tokens in another order, to make any sense."""
