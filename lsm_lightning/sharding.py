@@ -111,8 +111,16 @@ def spread(model: PreTrainedModel) -> None:
     """Give back what `gathered` took."""
     for unit in _units(model):
         unit.set_reshard_after_forward(True, recurse=False)
+    rest(model)
+
+
+def rest(model: PreTrainedModel) -> None:
+    """Give back what a forward pass without a backward one left gathered; of a model that is not sharded, nothing."""
+    units = _units(model)
+    for unit in units:
         unit.reshard()
-    _tie(model)
+    if units:
+        _tie(model)
 
 
 def _units(model: PreTrainedModel) -> list[FSDPModule]:

@@ -20,6 +20,8 @@ from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
 
 COMPLETIONS = "/v1/completions"
+LOADING = threading.Lock()
+"""Of transformers, which loads one model at a time."""
 
 
 @dataclass
@@ -111,7 +113,8 @@ class FakeServer:
             if path == "/collective_rpc" and not self.deaf:
                 assert body["method"] == "reload_weights"
                 assert self.paused
-                self.model = load_model(body["kwargs"]["weights_path"], "float32")
+                with LOADING:
+                    self.model = load_model(body["kwargs"]["weights_path"], "float32")
             if path == "/reset_prefix_cache" and self.forgets:
                 self.cached.clear()
             if path == "/update_weight_version":

@@ -1,5 +1,6 @@
 """What every objective is given, and what it returns."""
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 
@@ -11,6 +12,8 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.types import Support
 
+LEAST = math.log(torch.finfo(torch.float32).tiny)
+"""Nats that stand for an impossible token where a sum has to stay finite."""
 SAMPLER_GAP = "sampler_gap"
 """Nats between the student's log-prob of a token and the one it was sampled with."""
 
@@ -52,7 +55,7 @@ def student_metrics(head: OutputHead, positions: Positions) -> dict[str, Float[T
     entropy, normaliser = head.entropy_and_normaliser(hidden)
     log_probs = head.logits(hidden, sampled.unsqueeze(-1)).squeeze(-1) - normaliser
     sampler = positions.sampler_log_probs[positions.watched].to(log_probs.dtype)
-    return {"student_entropy": entropy, SAMPLER_GAP: (log_probs - sampler).abs()}
+    return {"student_entropy": entropy, SAMPLER_GAP: (log_probs.clamp(min=LEAST) - sampler).abs()}
 
 
 @torch.no_grad()

@@ -1,17 +1,13 @@
 """The baseline: reward each sampled token with the teacher's log-prob minus the student's (policy gradient)."""
 
-import math
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.objectives.base import Loss, Objective, Positions, refuse_null, student_metrics
+from lsm_lightning.objectives.base import LEAST, Loss, Objective, Positions, refuse_null, student_metrics
 from lsm_lightning.objectives.functional import clipped_policy_loss, returns_to_go
 from lsm_lightning.objectives.head import OutputHead
-
-LEAST = math.log(torch.finfo(torch.float32).tiny)
 
 
 class SampledToken(Objective):

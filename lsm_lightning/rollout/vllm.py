@@ -26,6 +26,7 @@ from lsm_lightning.serving import protocol
 from lsm_lightning.serving.client import Question, ServerError
 from lsm_lightning.serving.fleet import Fleet, Servers
 from lsm_lightning.serving.processes import gather, together
+from lsm_lightning.sharding import rest
 from lsm_lightning.student import plain_state_dict
 from lsm_lightning.types import Completion
 
@@ -282,6 +283,7 @@ class _Probe:
             hidden = hidden_states(model, TokenBatch.pad(texts, [[0]] * PROBES, model.device))
             log_probs = OutputHead.of(model).all_logits(hidden, exact=True).log_softmax(-1)
         model.train(training)
+        rest(model)
         if not log_probs.isfinite().all():
             raise TrainingDivergedError(
                 "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "

@@ -1,0 +1,88 @@
+"""Two processes with a sharded student, which share servers out and renew each of them once."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fake_vllm import serving
+from tiny import random_ids, save_tiny
+from torch import distributed, multiprocessing
+from torch.distributed.device_mesh import init_device_mesh
+
+from lsm_lightning.pretrained import load_model, load_skeleton
+from lsm_lightning.rollout import LocalEngine, Sampling, VLLMEngine
+from lsm_lightning.rollout.base import Request
+from lsm_lightning.serving import ServerError, Servers
+from lsm_lightning.serving.processes import share
+from lsm_lightning.sharding import load_sharded
+
+REQUESTS = [Request(ids=random_ids(seed, 6), seed=seed) for seed in range(4)]
+ENDS = frozenset(range(0, 340, 9))
+
+
+def written(engine: Any) -> list[list[int]]:
+    answers = engine.generate(REQUESTS, Sampling(), max_new_tokens=8, turn_end=ENDS)
+    return [list(answer.ids) for answer in answers]
+
+
+def one_process(rank: int, folder: Path, model: str, urls: dict[str, list[str]]) -> None:
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    student = load_sharded(
+        lambda: load_model(model, "float32"), lambda: load_skeleton(model), mesh, device=torch.device("cpu")
+    )
+    found: dict[str, Any] = {}
+    for name, servers in urls.items():
+        engine = VLLMEngine(Servers(urls=servers, attempts=1))
+        try:
+            engine.sync(student)
+            found[name] = written(engine)
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.05)
+            engine.sync(student)
+            found[f"{name}, changed"] = written(engine)
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.div_(1.05)
+        except ServerError as error:
+            found[name] = str(error)
+        engine.close()
+    torch.save(found, folder / f"found-{rank}")
+    distributed.destroy_process_group()
+
+
+def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, student_tokenizer):
+    folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
+    with serving(folder) as shared, serving(folder) as first, serving(folder) as second, serving(folder) as deaf:
+        deaf.deaf = True
+        urls = {"shared": [shared.url], "own": [first.url, second.url], "deaf": [deaf.url]}
+        multiprocessing.spawn(one_process, (tmp_path, str(folder), urls), nprocs=2)
+    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    model, local = load_model(str(folder), "float32"), LocalEngine()
+    local.sync(model)
+    before = written(local)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    local.sync(model)
+    after = written(local)
+    assert before != after
+    for of_process in found:
+        assert of_process["shared"] == of_process["own"] == before
+        assert of_process["shared, changed"] == of_process["own, changed"] == after
+        assert deaf.url in of_process["deaf"]  # also in the process that had asked nothing
+    for fake in (shared, first, second):
+        assert [path for path, _ in fake.log].count("/collective_rpc") == 2
+
+
+@pytest.mark.parametrize(("servers", "processes"), [(1, 1), (1, 4), (2, 4), (3, 2), (4, 2), (5, 8)])
+def test_every_server_is_used_and_every_process_has_one(servers, processes):
+    urls = [f"http://{number}" for number in range(servers)]
+    shares = [share(urls, rank, processes) for rank in range(processes)]
+    assert all(shares)
+    assert {url for of_one in shares for url in of_one} == set(urls)
+    if servers >= processes:
+        assert sum(map(len, shares)) == servers
