@@ -26,7 +26,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from lsm_lightning import checkpoints
-from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary, Stopped, StopSignals
+from lsm_lightning.callbacks import Checkpoint, ProgressLine, RunSummary, Stopped, StopSignals, Timeline
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.export import export
@@ -101,6 +101,8 @@ class CLI(LightningCLI):
             callbacks = [StopSignals(), *callbacks]
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(_run_folder(config.get("default_root_dir")), name=None, flush_secs=10)
+        if config.get("profiler") is None:
+            config["profiler"] = Timeline()
         return super()._instantiate_trainer(config, callbacks)
 
     def _parse_ckpt_path(self) -> None:

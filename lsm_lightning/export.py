@@ -21,11 +21,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from lsm_lightning import checkpoints
+from lsm_lightning.checkpoints import Checkpoint
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.model_card import model_card, versions
 from lsm_lightning.pretrained import DType, load_model, load_skeleton, load_tokenizer, locate, turn_end_ids
 from lsm_lightning.rollout.base import Sampling
-from lsm_lightning.run_folder import Checkpoint, find_run, read_checkpoint, read_config, read_summary
+from lsm_lightning.run_folder import find_run, read_config, read_summary
 from lsm_lightning.student import adapt, adapter_state_dict, is_adapters, plain_state_dict
 
 
@@ -64,7 +66,7 @@ def export(
     _check_output(output, overwrite, base=Path(locate(name)))
     model = load_skeleton(name)
     tokenizer = load_tokenizer(name, settings["model"].get("chat_template"))
-    checkpoint = read_checkpoint(found.checkpoint)
+    checkpoint = checkpoints.read(found.checkpoint)
     if checkpoint.state.get("student", name) != name:
         raise ConfigurationError(
             f"The checkpoint '{found.checkpoint}' is of the student '{checkpoint.state['student']}', the settings in "

@@ -5,6 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jsonargparse import lazy_instance  # type: ignore[attr-defined]
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import ParallelStrategy
 from peft import LoraConfig
 from torch import Tensor
@@ -62,6 +64,22 @@ SKIPPED_STEPS_ALLOWED = 10
 
 PAPERS_OBJECTIVE = lazy_instance(LocalSupportMatching)
 """As a default that the command line can show; it has no attributes before one of its methods is called."""
+
+
+@dataclass
+class Clock:
+    """Takes the time of a step's phases, for the curves and for Lightning's profiler."""
+
+    profiler: Profiler
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Until the end of the block."""
+        started = time.perf_counter()
+        with self.profiler.profile(name):
+            yield
+        self.seconds[name] = time.perf_counter() - started
 
 
 class OnPolicyDistillation(LightningModule):
@@ -157,6 +175,8 @@ class OnPolicyDistillation(LightningModule):
         self.compile_layers = compile_layers
         self.chat_template = chat_template
         self.seed = seed
+        self.half_updated = False
+        """While the optimiser is at work: what it leaves behind when it fails is no state to go on from."""
         self._skipped = 0
         self._before_step: RandomStates | None = None
         self._restored: RandomStates | None = None
@@ -280,24 +300,24 @@ class OnPolicyDistillation(LightningModule):
             What was measured, for callbacks; the same numbers are logged.
         """
         self._before_step = random_states(self.device)
-        seconds: dict[str, float] = {}
-        with _timed(seconds, "rollout"):
+        clock = Clock(self.trainer.profiler)  # type: ignore[attr-defined]
+        with clock.phase("rollout"):
             trajectories = self.rollout(batch)
         turns = [turn for trajectory in trajectories for turn in trajectory.turns]
         teacher = self.teachers[batch.task]
         groups = self._micro_batches(turns)
-        with _timed(seconds, "support"):
+        with clock.phase("support"):
             added = self._added_tokens(turns, groups)
-        with _timed(seconds, "teacher"):
+        with clock.phase("teacher"):
             support = teacher.score(turns, added)
-        with _timed(seconds, "mask"):
+        with clock.phase("mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
             keep = self._kept(mask, support)
-        with _timed(seconds, "update"):
+        with clock.phase("update"):
             totals, gradient_norm = self.update(
                 batch.task, turns, support, keep, groups, done=lambda: self._advance(batch)
             )
-        return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, seconds)
+        return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, clock.seconds)
 
     def _advance(self, batch: StepBatch) -> None:
         """A checkpoint from here on resumes after this step; one from before repeats it, with its random numbers."""
@@ -393,10 +413,12 @@ class OnPolicyDistillation(LightningModule):
             if self.trainer.is_global_zero:
                 log.warning("Skipped a step: the mask '%s' left no position to learn from.", self.mask)
         else:
+            self.half_updated = True
             optimizer.step()
             if isinstance(scheduler, LRScheduler):
                 scheduler.step()
         done()
+        self.half_updated = False
         optimizer.zero_grad()
         return totals, float(norm)
 
@@ -594,10 +616,3 @@ class OnPolicyDistillation(LightningModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, AlternatingTasks)
         return data
-
-
-@contextmanager
-def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
-    started = time.perf_counter()
-    yield
-    seconds[name] = time.perf_counter() - started

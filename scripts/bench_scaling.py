@@ -40,10 +40,9 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import Tensor, multiprocessing
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from lsm_lightning import module as module_module
 from lsm_lightning.cli import TRAINER_DEFAULTS
 from lsm_lightning.datamodule import AlternatingTasks
-from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.module import Clock, OnPolicyDistillation
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.pretrained import load_tokenizer, locate, turn_end_ids
@@ -128,12 +127,12 @@ class Stopwatch:
         setattr(owner, name, timed)
 
     @contextmanager
-    def phases(self, seconds: dict[str, float], name: str) -> Iterator[None]:
+    def phases(self, clock: Clock, name: str) -> Iterator[None]:
         """Stands for the module's own clock."""
         self.phase, started = name, time.perf_counter()
         yield
-        seconds[name] = time.perf_counter() - started
-        self.seconds[name, "all"] += seconds[name]
+        clock.seconds[name] = time.perf_counter() - started
+        self.seconds[name, "all"] += clock.seconds[name]
         self.phase = BETWEEN
 
     def install(self) -> None:
@@ -151,7 +150,7 @@ class Stopwatch:
         for task in (AdditionProblems, AlfworldGames):
             self.around(task, "episode", "environment")
         self.around(WorkerPool, "scene", "environment")  # an episode that is asked whether it is over waits there
-        module_module._timed = self.phases  # type: ignore[assignment]
+        Clock.phase = lambda clock, name: self.phases(clock, name)  # type: ignore[method-assign]
 
 
 def _subclasses(kind: type) -> Iterator[type]:
@@ -457,9 +456,13 @@ def main() -> None:
     times = 1 if quick else 3
     results: dict[str, Any] = {"quick": quick}
 
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+
     def report(title: str, rows: list[dict[str, Any]]) -> None:
+        """Written down at once: what is measured is not lost with what is interrupted."""
         results[title] = rows
         show(title, rows)
+        arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -483,8 +486,6 @@ def main() -> None:
         lengths = bench_lengths(student, teacher, 8192 if quick else 32_768, times, 1024 if quick else 8192)
         report("5. Lengths, at one number of tokens", lengths)
         report("Cost a token = a + b * length", growth(lengths))
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 
 
 if __name__ == "__main__":

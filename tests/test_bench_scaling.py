@@ -5,6 +5,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch.profilers import PassThroughProfiler
+
+from lsm_lightning.module import Clock
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
@@ -56,9 +59,9 @@ def test_nested_calls_are_counted_once_and_where_they_belong():
     watch, things = Stopwatch(), SimpleNamespace(inner=lambda: time.sleep(0.02), outer=lambda: things.inner())
     watch.around(things, "inner", "model")
     watch.around(things, "outer", "environment")
-    seconds: dict[str, float] = {}
-    with watch.phases(seconds, "rollout"):
+    clock = Clock(PassThroughProfiler())
+    with watch.phases(clock, "rollout"):
         things.outer()
     things.inner()
     assert set(watch.seconds) == {("rollout", "environment"), ("rollout", "all"), ("between", "model")}
-    assert seconds["rollout"] >= watch.seconds["rollout", "environment"] >= 0.02
+    assert clock.seconds["rollout"] >= watch.seconds["rollout", "environment"] >= 0.02

@@ -464,6 +464,27 @@ def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare
     assert saved.read_bytes() == before
 
 
+class OutOfMemory(torch.optim.SGD):
+    """Fails in its fourth step, when half of the weights are new."""
+
+    def step(self, closure=None):
+        self.times = getattr(self, "times", 0) + 1
+        everything = self.param_groups[0]["params"]
+        if self.times == 4:
+            self.param_groups[0]["params"] = everything[: len(everything) // 2]
+        super().step(closure)
+        if self.times == 4:
+            raise MemoryError("in the middle of the weights")
+
+
+def test_weights_that_are_half_updated_are_not_saved(prepare, run):
+    folder = prepare()
+    optimizer = ("--model.optimizer", f"{__name__}.OutOfMemory", "--model.optimizer.lr", "0.1")
+    with pytest.raises(MemoryError):
+        run(*fit(folder, *optimizer, "--checkpoint.every_n_train_steps", "2"))
+    assert torch.load(newest(folder))["global_step"] == 2
+
+
 # ---- signals --------------------------------------------------------------------------------------------------------
 
 

@@ -88,7 +88,7 @@ def test_going_on_with_another_student_or_other_tasks_is_refused(run, arguments,
 @pytest.mark.parametrize(
     ("wrong", "told"),
     [
-        (["--ckpt_path", "no/such.ckpt"], "there is no checkpoint 'no/such.ckpt'"),
+        (["--ckpt_path", "no/such.ckpt"], "There is no checkpoint 'no/such.ckpt'"),
         (["--ckpt_path", __file__], "is not a checkpoint"),
         (
             ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "-1"],

@@ -4,5 +4,6 @@ from lsm_lightning.callbacks.checkpoint import Checkpoint
 from lsm_lightning.callbacks.progress import ProgressLine
 from lsm_lightning.callbacks.signals import Stopped, StopSignals
 from lsm_lightning.callbacks.summary import RunSummary
+from lsm_lightning.callbacks.timeline import Timeline
 
-__all__ = ["Checkpoint", "ProgressLine", "RunSummary", "StopSignals", "Stopped"]
+__all__ = ["Checkpoint", "ProgressLine", "RunSummary", "StopSignals", "Stopped", "Timeline"]

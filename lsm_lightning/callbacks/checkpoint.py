@@ -65,7 +65,8 @@ class Checkpoint(ModelCheckpoint):
 
         Of several processes one may be alone with its exception: only a signal reaches all of them.
         """
-        ruined = isinstance(exception, TrainingDivergedError | CheckpointError)
+        half_updated = getattr(pl_module, "half_updated", False)
+        ruined = half_updated or isinstance(exception, TrainingDivergedError | CheckpointError)
         agreed = isinstance(exception, Stopped) and exception.agreed
         alone = trainer.world_size > 1 and not agreed
         if ruined or alone or not self._training or not self._should_save_on_exception(trainer):
