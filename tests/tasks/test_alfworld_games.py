@@ -79,10 +79,11 @@ def test_plans_win_and_no_game_is_won_at_the_start(engine, world, count, split):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("world", ["mini", "full"])
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_plans_of_very_many_games_win(engine, world, split):
-    assert_plans_win(engine, 12, world, split, 600)
+    assert_plans_win(engine, 12, world, split, 288)
 
 
 def test_a_game_is_a_function_of_its_arguments():
