@@ -28,7 +28,8 @@ from lsm_lightning.planning import Plan, plan
 from lsm_lightning.planning.plan import GIB, USABLE, machine_of
 from lsm_lightning.planning.step import Phase
 from lsm_lightning.planning.watch import Watch
-from lsm_lightning.rollout import LocalEngine
+from lsm_lightning.rollout import LocalEngine, VLLMEngine
+from lsm_lightning.serving import Servers
 from lsm_lightning.tasks.base import Episode, Task
 from lsm_lightning.tasks.math import AdditionProblems, MathEpisode
 from lsm_lightning.teacher import LocalTeacher
@@ -358,6 +359,18 @@ def test_a_class_of_ones_own_cannot_be_planned(planned):
 
     with pytest.raises(ConfigurationError, match="Elsewhere"):
         planned(engine=Elsewhere())
+
+
+def test_what_servers_do_is_left_out_and_said(planned, common):
+    servers = Servers(urls=["http://10.0.0.1:8000"])
+    made = planned(engine=VLLMEngine(servers))
+    left = [phase.name for phase in common.tasks[0].rehearsal.phases if phase.name != "rollout"]
+    assert [phase.name for phase in made.tasks[0].rehearsal.phases] == left
+    assert "rollout replica" not in phase(made, "update").bytes
+    assert (common.served, made.served) == ([], ["rollouts"])
+    tight = planned(engine=VLLMEngine(servers), memory=0.001)
+    assert tight.advice  # no word about an engine that is not there
+    assert not [line for line in tight.advice if "engine" in line]
 
 
 @pytest.mark.parametrize(
