@@ -315,6 +315,7 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a layer and step
     for message in (
         ".*does not have many workers.*",  # the loader deals out step numbers; the work is done in the step
         ".*treespec, LeafSpec.*",  # Lightning's own use of torch

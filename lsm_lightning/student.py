@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -95,8 +95,7 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if is_adapters(name):
             continue
         owner, _, kind = name.rpartition(".")
-        quantised = kind == "weight" and getattr(model, "is_quantized", False)
-        value = whole(_dequantised(model.get_submodule(owner)) if quantised else parameter)
+        value = whole(_full_size(parameter, model.get_submodule(owner)))
         layer = model.get_submodule(owner.removesuffix(".base_layer"))
         if kind == "weight" and isinstance(layer, BaseTunerLayer):
             value = _merged(layer, value)
@@ -129,12 +128,11 @@ def whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _dequantised(layer: nn.Module) -> Tensor:
-    """The weight at full size; itself, if it is not quantised."""
-    # On some CPUs bitsandbytes packs a weight otherwise once it has run in eval mode, and takes the packing for the
-    # usual one here. Saving the layer packs it as it was.
-    layer.state_dict()
-    return dequantize_module_weight(layer)
+def _full_size(parameter: Tensor, layer: nn.Module) -> Tensor:
+    """A parameter of this layer, dequantised; the layer stays as it is."""
+    if not get_bnb_param_type(parameter):
+        return parameter
+    return dequantize_bnb_weight(parameter, state=getattr(layer, "state", None))
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

@@ -4,12 +4,15 @@ import pytest
 import torch
 from peft import LoraConfig
 from slow import even_weights, random_support
+from test_training import assert_identical
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lsm_lightning.batching import check_packing
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import LocalSupportMatching
+from lsm_lightning.objectives.head import check_head
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.student import (
@@ -18,6 +21,7 @@ from lsm_lightning.student import (
     compile_layers,
     freeze,
     merged_parameters,
+    plain_state_dict,
 )
 from lsm_lightning.types import Turn
 from lsm_lightning.update import accumulate_gradients
@@ -130,29 +134,74 @@ def test_adapters_that_cannot_be_merged_are_refused(family, config, told):
 # ---- quantised weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quantised() -> PreTrainedModel:
+PRECISIONS = {
+    "fp4": {"load_in_4bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantised(precision: str, **settings: object) -> PreTrainedModel:
     """Of the embedded student: the library's blocks of 64 weights are wider than the tiny one's layers."""
     pytest.importorskip("bitsandbytes", reason="quantised weights need the package bitsandbytes")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return load_model("embedded:student", "float32", config)
+    return load_model("embedded:student", "float32", BitsAndBytesConfig(**PRECISIONS[precision], **settings))
 
 
-def test_rollouts_of_a_quantised_student_are_its_own(quantised, turns):
-    adapt(quantised, lora("q_proj"))
-    assert {name.split(".")[-3] for name in gradients(quantised, turns)} == {"lora_A", "lora_B"}
+def as_loaded(precision: str) -> dict[str, Tensor]:
+    """The weights that the library itself gives back, of a model that has not run yet."""
+    model, values = quantised(precision), {}
+    import bitsandbytes
+
+    for name, weight in model.named_parameters():
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            values[name] = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(weight, bitsandbytes.nn.Int8Params):
+            values[name] = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        else:
+            values[name] = weight.detach()
+    return values
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantised_weights_stay_as_they_were_loaded(precision, turns):
+    """Whatever has run in between, in whatever mode."""
+    model, loaded = quantised(precision), as_loaded(precision)
+    whole = dict(load_model("embedded:student", "float32").named_parameters())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert 0.001 < (loaded[name] - whole[name]).norm() / whole[name].norm() < 0.15
+    check_head(model, "embedded:student")
+    check_packing(model, "embedded:student")
+    adapt(model, lora("q_proj"))  # whose fresh adapters add nothing
+    for mode in (False, True, False):
+        assert_identical(plain_state_dict(model), loaded)
+        logits(model.train(mode))
+    gradients(model.train(), turns)
+    assert_identical(plain_state_dict(model), loaded)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rollouts_of_a_quantised_student_are_its_own(precision, turns):
+    model = quantised(precision)
+    check_head(model, "embedded:student")
+    adapt(model, lora("q_proj"))
+    model.train()
+    assert {name.split(".")[-3] for name in gradients(model, turns)} == {"lora_A", "lora_B"}
     with torch.no_grad():
-        for name, parameter in quantised.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     engine = LocalEngine()
-    quantised.eval()
-    logits(quantised)  # packs weights otherwise, on some CPUs
-    engine.sync(quantised)
-    quantised.train()  # as a student is; in eval mode the library may compute in bfloat16
-    torch.testing.assert_close(logits(engine._replica), logits(quantised), rtol=1e-4, atol=1e-4)
+    engine.sync(model)
+    torch.testing.assert_close(logits(engine._replica), logits(model), rtol=1e-4, atol=1e-4)
     whole = load_model("embedded:student", "float32")
     assert (logits(engine._replica) - logits(whole)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_quantised_head_is_refused(precision):
+    with pytest.raises(ConfigurationError, match="'lm_head' to model.quantization.llm_int8_skip_modules"):
+        check_head(quantised(precision, llm_int8_skip_modules=["q_proj"]), "embedded:student")
 
 
 # ---- frozen parts ---------------------------------------------------------------------------------------------------
