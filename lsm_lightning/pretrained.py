@@ -122,6 +122,7 @@ def _keep_layout(model: PreTrainedModel) -> None:
 
     On some CPUs it would do so once they run in eval mode, round their scales, and give other weights back in the end.
     """
+    layer: Any
     for layer in model.modules():
         if hasattr(layer, "support_avx512bf16_for_cpu"):
             layer.support_avx512bf16_for_cpu = False

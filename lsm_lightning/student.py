@@ -128,7 +128,7 @@ def whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _full_size(parameter: Tensor, layer: nn.Module) -> Tensor:
+def _full_size(parameter: nn.Parameter, layer: nn.Module) -> Tensor:
     """A parameter of this layer, dequantised; the layer stays as it is."""
     if not get_bnb_param_type(parameter):
         return parameter
