@@ -47,6 +47,7 @@ from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.sharding import load_sharded
 from lsm_lightning.student import (
     adapt,
+    check_lora,
     checkpoint_activations,
     compile_layers,
     freeze,
@@ -168,6 +169,8 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 "model.quantization: quantised weights cannot be trained; add adapters with model.lora, or remove it."
             )
+        if lora is not None:
+            check_lora(lora)
         self.lora = lora
         self.strict_loading = lora is None  # checkpoints hold the adapters only, see `on_save_checkpoint`
         self.quantization = quantization

@@ -1,5 +1,7 @@
 """Adapters, frozen parts and checkpointed activations: what they train, and what they must not change."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig
@@ -16,10 +18,13 @@ from lsm_lightning.objectives.head import check_head
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.student import (
+    PLAIN_LORA,
     adapt,
+    check_lora,
     checkpoint_activations,
     compile_layers,
     freeze,
+    is_adapters,
     merged_parameters,
     plain_state_dict,
 )
@@ -34,9 +39,13 @@ def lora(*targets: str, **settings: object) -> LoraConfig:
 
 
 def adapted(family: str = UNTIED, *targets: str) -> PreTrainedModel:
-    """In float64, with adapters that add something; fresh ones do not."""
-    model = tiny_model(family).double()
-    adapt(model, lora(*(targets or ("q_proj", "down_proj"))))
+    """In float64, with adapters that add something."""
+    return filled(tiny_model(family).double(), lora(*(targets or ("q_proj", "down_proj"))))
+
+
+def filled(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+    """With adapters that add something; most fresh ones do not."""
+    adapt(model, config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -119,16 +128,59 @@ def test_the_gradient_of_adapters_is_that_of_the_weight_they_change(turns):
     ("family", "config", "told"),
     [
         (UNTIED, lora("no_such_layer"), "model.lora"),
-        (UNTIED, lora("q_proj", use_dora=True), "use_dora"),
-        (UNTIED, lora("q_proj", modules_to_save=["lm_head"]), "modules_to_save"),
+        (UNTIED, LoraConfig(target_modules="["), "model.lora: unterminated"),
+        (UNTIED, lora("lm_head", lora_dropout=0.1), "set lora_dropout to 0"),
         ("llama-tied", lora("q_proj", "lm_head"), "share their weights"),
         ("llama-tied", lora("embed_tokens"), "share their weights"),
     ],
-    ids=["nothing", "dora", "saved", "tied-head", "tied-embedding"],
+    ids=["nothing", "no-pattern", "dropout", "tied-head", "tied-embedding"],
 )
 def test_adapters_that_cannot_be_merged_are_refused(family, config, told):
     with pytest.raises(ConfigurationError, match=told):
         adapt(tiny_model(family), config)
+
+
+OTHERS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - PLAIN_LORA)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_setting_beyond_plain_adapters_is_refused(name):
+    """Those of a later peft too: what it is set to does not matter."""
+    config = lora("q_proj")
+    check_lora(config)
+    setattr(config, name, "all")
+    with pytest.raises(ConfigurationError, match=rf"model\.lora\.{name}='all': "):
+        adapt(tiny_model(UNTIED), config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"use_rslora": True, "lora_dropout": 0.1},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}, "exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers", "task_type": "CAUSAL_LM"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_setting_of_plain_adapters_is_merged_and_leaves_the_weights_under_them(settings):
+    before = dict(tiny_model(UNTIED).double().named_parameters())
+    model = filled(tiny_model(UNTIED).double(), lora("q_proj", "v_proj", "down_proj", **settings))
+    under = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not is_adapters(name)}
+    assert_identical(under, before)
+    plain = tiny_model(UNTIED).double()
+    plain.load_state_dict(dict(merged_parameters(model)), strict=False)
+    torch.testing.assert_close(logits(plain), logits(model.eval()))
+    assert (logits(plain) - logits(tiny_model(UNTIED).double())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "mica", "lora_ga", "eva", "corda"])
+@pytest.mark.filterwarnings("ignore:.*is not specified. Using default")
+def test_adapters_that_begin_with_other_weights_under_them_are_refused(name):
+    with pytest.raises(ConfigurationError, match=f"init_lora_weights='{name}'"):
+        adapt(tiny_model(UNTIED), lora("q_proj", init_lora_weights=name))
 
 
 # ---- quantised weights ----------------------------------------------------------------------------------------------
