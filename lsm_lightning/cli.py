@@ -43,6 +43,21 @@ class Parser(LightningArgumentParser):
         """Raise what is wrong as a `ConfigurationError`."""
         raise ConfigurationError(_with_suggestion(_one_line(message), self)) from ex
 
+    def instantiate_classes(self, *args: Any, **kwargs: Any) -> Any:
+        """Make what the command line describes; a class that refuses its settings is a mistake like any other.
+
+        Raises:
+            ConfigurationError: A class refuses its settings.
+        """
+        try:
+            return super().instantiate_classes(*args, **kwargs)
+        except ConfigurationError:
+            raise
+        except ValueError as error:
+            told, made = _one_line(str(error)), re.search(r"class_path='([^']+)'", str(error))
+            # Whose settings they are is not always told; of nested classes the innermost comes first.
+            raise ConfigurationError(f"{made[1]}: {told}" if made and made[1] not in told else told) from error
+
 
 class Formatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Leaves the lines of a description as they are."""
@@ -368,6 +383,7 @@ def _quieten() -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # else a line a layer and step
     for message in (
         ".*does not have many workers.*",  # the loader deals out step numbers; the work is done in the step
         ".*treespec, LeafSpec.*",  # Lightning's own use of torch
@@ -405,9 +421,18 @@ def _check_files(arguments: Sequence[str]) -> None:
             raise ConfigurationError(f"{path} is not valid YAML: {_one_line(str(error))}") from error
 
 
+OF_A_CHOICE = re.compile(
+    r"Does not validate against any of the Union|Subtypes: |Errors:|Given value type: "
+    r"|Given value: (Namespace|NestedArg|{)|Expected a path but |Expected (a )?<class 'NoneType'>"
+)
+"""How a line begins that the parser writes around a value which may have one of several types."""
+
+
 def _one_line(message: str) -> str:
-    """jsonargparse nests what is wrong in indented lines; the innermost ones say it best."""
+    """jsonargparse nests what is wrong in indented lines; of a choice of types it tells too much."""
     lines = [line.strip(" -") for line in message.strip().splitlines() if line.strip()]
+    if "Union subtypes" in message:
+        lines = [line for line in lines if not OF_A_CHOICE.match(line)]
     return " ".join(lines)
 
 

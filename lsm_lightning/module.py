@@ -48,6 +48,7 @@ from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.sharding import load_sharded
 from lsm_lightning.student import (
     adapt,
+    check_lora,
     checkpoint_activations,
     compile_layers,
     freeze,
@@ -111,7 +112,8 @@ class OnPolicyDistillation(LightningModule):
         lora: Train low-rank adapters instead of the weights; `lora.r`, `lora.target_modules` and so on are those of
             `peft.LoraConfig`. The student is written with its adapters merged.
         quantization: Keep the frozen weights under `lora` in 4 or 8 bits (QLoRA), as `load_in_4bit: true` and the other
-            settings of `transformers.BitsAndBytesConfig` say; needs the package bitsandbytes. Not with sharding.
+            settings of `transformers.BitsAndBytesConfig` say; needs the package bitsandbytes. Not with sharding. On a
+            GPU `load_in_8bit` rounds activations too, which rollouts do not: they differ a little from the student.
         freeze: Shell patterns of names of the student's weights that are not trained, such as `*.embed_tokens.*`.
         activation_checkpointing: Keep only what enters each layer and compute the rest again in the backward pass:
             much less memory, about a third more time.
@@ -175,6 +177,8 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 "model.quantization: quantised weights cannot be trained; add adapters with model.lora, or remove it."
             )
+        if lora is not None:
+            check_lora(lora)
         self.lora = lora
         self.strict_loading = lora is None  # checkpoints hold the adapters only, see `on_save_checkpoint`
         self.quantization = quantization

@@ -113,7 +113,19 @@ def load_model(name: str, dtype: DType, quantization: BitsAndBytesConfig | None 
                 f"The model '{name}' has numbers in {weight} that are not finite, in {value.dtype}: set its dtype to "
                 "float32 if that is too narrow for them, or get its weights anew."
             )
+    _keep_layout(model)
     return model.eval()
+
+
+def _keep_layout(model: PreTrainedModel) -> None:
+    """Stop bitsandbytes from packing 4-bit weights otherwise, in place.
+
+    On some CPUs it would do so once they run in eval mode, round their scales, and give other weights back in the end.
+    """
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
 
 
 def _finite(weight: torch.nn.Parameter) -> bool:

@@ -1,5 +1,6 @@
 """What makes a model a student in training: adapters, frozen parts, checkpointed activations, compiled layers."""
 
+import dataclasses
 import re
 import warnings
 from collections.abc import Iterator, Sequence
@@ -9,34 +10,60 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.integrations import dequantize_module_weight
+from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.sharding import decoder_layers
 
-VARIANTS = ("use_dora", "modules_to_save", "layer_replication", "trainable_token_indices", "target_parameters")
-"""Settings of `LoraConfig` with which the model is more than itself plus low-rank products."""
+PLAIN_LORA = frozenset(
+    {
+        *("r", "rank_pattern", "lora_alpha", "alpha_pattern", "use_rslora", "lora_dropout", "init_lora_weights"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "fan_in_fan_out"),
+        *("task_type", "peft_version"),
+    }
+)
+"""Settings of `LoraConfig` with which a model is itself plus low-rank products, whatever their values."""
+INITIALISATIONS = (True, False, "gaussian", "orthogonal")
+"""Of adapters, that leave the weights under them as they are."""
+
+
+def check_lora(lora: LoraConfig) -> None:
+    """Make sure that adapters can be merged into the weights, and that nothing but adapters is changed.
+
+    Raises:
+        ConfigurationError: A setting asks for more than plain low-rank adapters, or changes the weights under them.
+    """
+    if lora.init_lora_weights not in INITIALISATIONS:
+        raise ConfigurationError(
+            f"model.lora.init_lora_weights={lora.init_lora_weights!r}: checkpoints hold adapters only, so the weights "
+            "under them must stay as they are; use true, false, gaussian or orthogonal."
+        )
+    plain = LoraConfig()
+    for name in (each.name for each in dataclasses.fields(lora)):
+        if name not in PLAIN_LORA and (value := getattr(lora, name)) != getattr(plain, name):
+            raise ConfigurationError(
+                f"model.lora.{name}={value!r}: rollouts and export merge adapters into the weights, and checkpoints "
+                "hold nothing else, which only plain LoRA allows; remove it."
+            )
 
 
 def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
     """Add low-rank adapters, in place; everything else is frozen.
 
     Raises:
-        ConfigurationError: peft finds nothing to adapt, or the adapted model could not be written as a plain one.
+        ConfigurationError: `check_lora` refuses the settings, peft finds nothing to adapt, or the adapted model could
+            not be written as a plain one.
     """
-    if used := [name for name in VARIANTS if getattr(lora, name)]:
-        raise ConfigurationError(
-            f"model.lora.{used[0]}: rollouts and export merge adapters into the weights, which only plain LoRA allows; "
-            "remove it."
-        )
+    check_lora(lora)
     try:
         with torch.device(model.device), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # refused below
             inject_adapter_in_model(lora, model)
-    except ValueError as error:
+    except (ValueError, RuntimeError, re.error) as error:
         raise ConfigurationError(f"model.lora: {str(error).splitlines()[0]}") from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     if model.config.tie_word_embeddings and any(isinstance(layer, BaseTunerLayer) for layer in ends):
@@ -44,6 +71,7 @@ def adapt(model: PreTrainedModel, lora: LoraConfig) -> None:
             "model.lora.target_modules reaches the embedding or the output layer, which share their weights in this "
             "model: an adapter of one could not be merged. Leave both out."
         )
+    OutputHead.of(model)  # refuses adapters that logits of single tokens cannot follow
 
 
 def freeze(model: PreTrainedModel, patterns: Sequence[str]) -> None:
@@ -95,8 +123,7 @@ def merged_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         if is_adapters(name):
             continue
         owner, _, kind = name.rpartition(".")
-        quantised = kind == "weight" and getattr(model, "is_quantized", False)
-        value = whole(_dequantised(model.get_submodule(owner)) if quantised else parameter)
+        value = whole(_full_size(parameter, model.get_submodule(owner)))
         layer = model.get_submodule(owner.removesuffix(".base_layer"))
         if kind == "weight" and isinstance(layer, BaseTunerLayer):
             value = _merged(layer, value)
@@ -137,12 +164,11 @@ def whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def _dequantised(layer: nn.Module) -> Tensor:
-    """The weight at full size; itself, if it is not quantised."""
-    # On some CPUs bitsandbytes packs a weight otherwise once it has run in eval mode, and takes the packing for the
-    # usual one here. Saving the layer packs it as it was.
-    layer.state_dict()
-    return dequantize_module_weight(layer)
+def _full_size(parameter: nn.Parameter, layer: nn.Module) -> Tensor:
+    """A parameter of this layer, dequantised; the layer stays as it is."""
+    if not get_bnb_param_type(parameter):
+        return parameter
+    return dequantize_bnb_weight(parameter, state=getattr(layer, "state", None))
 
 
 def _merged(layer: Any, weight: Tensor) -> Tensor:

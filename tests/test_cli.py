@@ -198,6 +198,31 @@ def test_a_mistake_is_told_in_one_line_that_names_it(settings, run, spoil, names
     assert_one_error_line(capfd.readouterr().err, names)
 
 
+@pytest.mark.parametrize("command", ["fit", "plan"])
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"layers_pattern": "layers"}, "peft.LoraConfig: When `layers_pattern` is specified"),
+        ({"lora_bias": True, "init_lora_weights": "gaussian"}, "peft.LoraConfig: The argument lora_bias=True"),
+        ({"init_lora_weights": "milora"}, "Given value: milora"),
+        ({"init_lora_weights": "pissa"}, "model.lora.init_lora_weights='pissa'"),
+        ({"r": "x"}, "Parser key \"r\": Expected a <class 'int'>. Got value: x"),
+        ({"no_such": 3}, "'no_such' is not accepted"),
+        ({"bias": "all"}, "model.lora.bias='all'"),
+        ({"kasa_config": {}}, "model.lora.kasa_config=KasaConfig"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_adapters_that_cannot_work_are_told_in_a_short_line(settings, run, tmp_path, capfd, command, lora, told):
+    settings["model"]["lora"] = {"target_modules": ["q_proj"], **lora}
+    assert run(command, *write(settings, tmp_path)[1:]) == 2
+    stderr = capfd.readouterr().err
+    assert_one_error_line(stderr, told)
+    assert len(stderr) < 300
+    assert "Union" not in stderr
+    assert "Namespace" not in stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "names"),
     [

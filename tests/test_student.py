@@ -1,23 +1,32 @@
 """Adapters, frozen parts and checkpointed activations: what they train, and what they must not change."""
 
+import dataclasses
+
 import pytest
 import torch
 from peft import LoraConfig
 from slow import even_weights, random_support
+from test_training import assert_identical
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lsm_lightning.batching import check_packing
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import LocalSupportMatching
+from lsm_lightning.objectives.head import check_head
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.student import (
+    PLAIN_LORA,
     adapt,
+    check_lora,
     checkpoint_activations,
     compile_layers,
     freeze,
+    is_adapters,
     merged_parameters,
+    plain_state_dict,
 )
 from lsm_lightning.types import Turn
 from lsm_lightning.update import accumulate_gradients
@@ -30,9 +39,13 @@ def lora(*targets: str, **settings: object) -> LoraConfig:
 
 
 def adapted(family: str = UNTIED, *targets: str) -> PreTrainedModel:
-    """In float64, with adapters that add something; fresh ones do not."""
-    model = tiny_model(family).double()
-    adapt(model, lora(*(targets or ("q_proj", "down_proj"))))
+    """In float64, with adapters that add something."""
+    return filled(tiny_model(family).double(), lora(*(targets or ("q_proj", "down_proj"))))
+
+
+def filled(model: PreTrainedModel, config: LoraConfig) -> PreTrainedModel:
+    """With adapters that add something; most fresh ones do not."""
+    adapt(model, config)
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -115,44 +128,132 @@ def test_the_gradient_of_adapters_is_that_of_the_weight_they_change(turns):
     ("family", "config", "told"),
     [
         (UNTIED, lora("no_such_layer"), "model.lora"),
-        (UNTIED, lora("q_proj", use_dora=True), "use_dora"),
-        (UNTIED, lora("q_proj", modules_to_save=["lm_head"]), "modules_to_save"),
+        (UNTIED, LoraConfig(target_modules="["), "model.lora: unterminated"),
+        (UNTIED, lora("lm_head", lora_dropout=0.1), "set lora_dropout to 0"),
         ("llama-tied", lora("q_proj", "lm_head"), "share their weights"),
         ("llama-tied", lora("embed_tokens"), "share their weights"),
     ],
-    ids=["nothing", "dora", "saved", "tied-head", "tied-embedding"],
+    ids=["nothing", "no-pattern", "dropout", "tied-head", "tied-embedding"],
 )
 def test_adapters_that_cannot_be_merged_are_refused(family, config, told):
     with pytest.raises(ConfigurationError, match=told):
         adapt(tiny_model(family), config)
 
 
+OTHERS = sorted({field.name for field in dataclasses.fields(LoraConfig)} - PLAIN_LORA)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_every_setting_beyond_plain_adapters_is_refused(name):
+    """Those of a later peft too: what it is set to does not matter."""
+    config = lora("q_proj")
+    check_lora(config)
+    setattr(config, name, "all")
+    with pytest.raises(ConfigurationError, match=rf"model\.lora\.{name}='all': "):
+        adapt(tiny_model(UNTIED), config)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"init_lora_weights": "gaussian"},
+        {"init_lora_weights": False},
+        {"init_lora_weights": "orthogonal", "r": 4},
+        {"use_rslora": True, "lora_dropout": 0.1},
+        {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 9}, "exclude_modules": ["v_proj"]},
+        {"layers_to_transform": [1], "layers_pattern": "layers", "task_type": "CAUSAL_LM"},
+    ],
+    ids=lambda settings: "-".join(settings),
+)
+def test_every_setting_of_plain_adapters_is_merged_and_leaves_the_weights_under_them(settings):
+    before = dict(tiny_model(UNTIED).double().named_parameters())
+    model = filled(tiny_model(UNTIED).double(), lora("q_proj", "v_proj", "down_proj", **settings))
+    under = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters() if not is_adapters(name)}
+    assert_identical(under, before)
+    plain = tiny_model(UNTIED).double()
+    plain.load_state_dict(dict(merged_parameters(model)), strict=False)
+    torch.testing.assert_close(logits(plain), logits(model.eval()))
+    assert (logits(plain) - logits(tiny_model(UNTIED).double())).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["pissa", "pissa_niter_4", "olora", "mica", "lora_ga", "eva", "corda"])
+@pytest.mark.filterwarnings("ignore:.*is not specified. Using default")
+def test_adapters_that_begin_with_other_weights_under_them_are_refused(name):
+    with pytest.raises(ConfigurationError, match=f"init_lora_weights='{name}'"):
+        adapt(tiny_model(UNTIED), lora("q_proj", init_lora_weights=name))
+
+
 # ---- quantised weights ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quantised() -> PreTrainedModel:
+PRECISIONS = {
+    "fp4": {"load_in_4bit": True},
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4-double": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+def quantised(precision: str, **settings: object) -> PreTrainedModel:
     """Of the embedded student: the library's blocks of 64 weights are wider than the tiny one's layers."""
     pytest.importorskip("bitsandbytes", reason="quantised weights need the package bitsandbytes")
-    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-    return load_model("embedded:student", "float32", config)
+    return load_model("embedded:student", "float32", BitsAndBytesConfig(**PRECISIONS[precision], **settings))
 
 
-def test_rollouts_of_a_quantised_student_are_its_own(quantised, turns):
-    adapt(quantised, lora("q_proj"))
-    assert {name.split(".")[-3] for name in gradients(quantised, turns)} == {"lora_A", "lora_B"}
+def as_loaded(precision: str) -> dict[str, Tensor]:
+    """The weights that the library itself gives back, of a model that has not run yet."""
+    model, values = quantised(precision), {}
+    import bitsandbytes
+
+    for name, weight in model.named_parameters():
+        if isinstance(weight, bitsandbytes.nn.Params4bit):
+            values[name] = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+        elif isinstance(weight, bitsandbytes.nn.Int8Params):
+            values[name] = bitsandbytes.functional.int8_vectorwise_dequant(weight.data, weight.SCB)
+        else:
+            values[name] = weight.detach()
+    return values
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_quantised_weights_stay_as_they_were_loaded(precision, turns):
+    """Whatever has run in between, in whatever mode."""
+    model, loaded = quantised(precision), as_loaded(precision)
+    whole = dict(load_model("embedded:student", "float32").named_parameters())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert 0.001 < (loaded[name] - whole[name]).norm() / whole[name].norm() < 0.15
+    check_head(model, "embedded:student")
+    check_packing(model, "embedded:student")
+    adapt(model, lora("q_proj"))  # whose fresh adapters add nothing
+    for mode in (False, True, False):
+        assert_identical(plain_state_dict(model), loaded)
+        logits(model.train(mode))
+    gradients(model.train(), turns)
+    assert_identical(plain_state_dict(model), loaded)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_rollouts_of_a_quantised_student_are_its_own(precision, turns):
+    model = quantised(precision)
+    check_head(model, "embedded:student")
+    adapt(model, lora("q_proj"))
+    model.train()
+    assert {name.split(".")[-3] for name in gradients(model, turns)} == {"lora_A", "lora_B"}
     with torch.no_grad():
-        for name, parameter in quantised.named_parameters():
+        for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
     engine = LocalEngine()
-    quantised.eval()
-    logits(quantised)  # packs weights otherwise, on some CPUs
-    engine.sync(quantised)
-    quantised.train()  # as a student is; in eval mode the library may compute in bfloat16
-    torch.testing.assert_close(logits(engine._replica), logits(quantised), rtol=1e-4, atol=1e-4)
+    engine.sync(model)
+    torch.testing.assert_close(logits(engine._replica), logits(model), rtol=1e-4, atol=1e-4)
     whole = load_model("embedded:student", "float32")
     assert (logits(engine._replica) - logits(whole)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["nf4", "int8"])
+def test_a_quantised_head_is_refused(precision):
+    with pytest.raises(ConfigurationError, match="add 'lm_head' to model"):
+        check_head(quantised(precision, llm_int8_skip_modules=["q_proj"]), "embedded:student")
 
 
 # ---- frozen parts ---------------------------------------------------------------------------------------------------

@@ -198,6 +198,12 @@ class OutputHead:
         adapters: tuple[Adapter, ...] = ()
         if hasattr(layer, "lora_A"):
             adapters, layer = _adapters(layer), layer.base_layer
+        if type(layer).__module__.startswith("bitsandbytes."):
+            name = next(name for name, module in model.named_modules() if module is layer)
+            raise ConfigurationError(
+                f"The output layer of {type(model).__name__} is quantised, so its logits cannot be computed one by "
+                f"one: add '{name}' to model.quantization.llm_int8_skip_modules."
+            )
         if not isinstance(layer, nn.Linear):
             raise ConfigurationError(
                 f"The output layer of {type(model).__name__} is {type(layer).__name__}, not a linear layer: "
