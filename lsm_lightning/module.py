@@ -82,6 +82,18 @@ class Clock:
         self.seconds[name] = time.perf_counter() - started
 
 
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Lightning's half and double precision convert the student, and also set the default type of a step's new tensors;
+    log-probs, weights of positions and sums are to stay float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 class OnPolicyDistillation(LightningModule):
     """Trains a student on what it writes itself, under the eyes of one teacher a task.
 
@@ -293,6 +305,7 @@ class OnPolicyDistillation(LightningModule):
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
+    @_float32_by_default()
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
         """Play the batch's episodes, let the task's teacher score them, and make one update.
 
@@ -465,6 +478,7 @@ class OnPolicyDistillation(LightningModule):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    @_float32_by_default()
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Measure the student on a task's test split."""
         score = self.evaluate(batch.task)
