@@ -34,6 +34,9 @@ from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.planning.command import tell_plan
 from lsm_lightning.pretrained import DType
 
+LIGHTNINGS_NAMES = ("best", "hpc", "registry")
+"""Of checkpoints, for Lightning to find."""
+
 
 class Parser(LightningArgumentParser):
     """Reports a mistake in one line, without the pages of usage that argparse puts before it."""
@@ -82,6 +85,9 @@ class CLI(LightningCLI):
         """Make what the command line describes; for a plan, all but the trainer."""
         if self.subcommand != "plan":
             super().instantiate_classes()
+            path = self._get(self.config, "ckpt_path")
+            if path is not None and str(path) not in LIGHTNINGS_NAMES:
+                self.model.go_on_from(checkpoints.read_state(Path(path)), training=self.subcommand == "fit")
             return
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
@@ -127,8 +133,10 @@ class CLI(LightningCLI):
                     "is none."
                 )
             path = config["ckpt_path"] = found and str(found)
-        if path is not None and str(path) not in ("best", "hpc", "registry"):
-            checkpoints.check(Path(path), every_byte=os.environ.get("LOCAL_RANK", "0") == "0")
+        if path is not None and str(path) not in LIGHTNINGS_NAMES:
+            # By one process of a node; srun does not set what other launchers do.
+            local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")
+            checkpoints.check(Path(path), every_byte=local_rank == "0")
 
     def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
         """Train; after Ctrl-C, SIGTERM or SLURM's warning, tell where the checkpoint is and how to go on.

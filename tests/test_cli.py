@@ -10,7 +10,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from processes import LIGHTNINGS_ADVICE
 
 from lsm_lightning.pretrained import load_model
 
