@@ -313,6 +313,12 @@ class OnPolicyDistillation(LightningModule):
     def _prepare_restoring(self, optimizer: Optimizer, scheduler: Any) -> None:
         """Let the command line's settings hold, whatever the checkpoint says."""
         assert self._continued is not None
+        states = self._continued.get("optimizer_states", [])  # none in a sharded checkpoint
+        if self.device_mesh is not None and states and not any(states[0]["state"].values()):
+            raise ConfigurationError(
+                f"model.optimizer: {type(optimizer).__name__} keeps no state, and torch cannot restore that in shards "
+                "from a single file: go on with the strategy ddp or in one process."
+            )
         self._changes = resuming.changes(
             self._continued[resuming.NOTE],
             self._optimizer_note,

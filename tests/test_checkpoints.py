@@ -373,9 +373,8 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
         }
     },
     "frozen": {"freeze": ["*.embed_tokens.*", "*.layers.0.*"]},
-    "no state": {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}},
 }
-"""With each the optimiser knows other parameters, or less of them."""
+"""With each the optimiser knows other parameters."""
 
 
 @pytest.mark.parametrize(
@@ -405,6 +404,103 @@ def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, s
     for name, state in theirs["state"].items():
         torch.testing.assert_close(ours["state"][name], state, rtol=1e-3, atol=1e-5)
     assert steps_of(folder) == steps_of(alone)
+
+
+@pytest.mark.slow
+def test_an_optimiser_without_state_goes_on_in_shards_and_from_them(prepare, student_folder):
+    """Not from a file into shards, which torch cannot; that is told before anything is restored."""
+    sgd = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}}
+    alone, folder = (prepare(student=student_folder, model=sgd) for _ in range(2))
+    finish(alone, "one")
+    for layout, steps in (("shards", 2), ("shards", 3), ("one", 6)):
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        finish(folder, layout, "--ckpt_path", "auto")
+    ours, theirs = (checkpoints.load(newest(each))["state_dict"] for each in (folder, alone))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+    settings["trainer"] |= {**LAYOUTS["shards"], "max_steps": 7}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    with started(go_on(folder), folder / "refused", processes=2) as run:
+        assert run.wait() == [2, 2]
+        assert "SGD keeps no state" in run.said()
+
+
+# ---- a command line that says otherwise than the checkpoint ---------------------------------------------------------
+
+SCHEDULE = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
+DECAY = ("--model.lr_scheduler.init_args.gamma", "0.8")
+ADAPTERS = OTHER_SETTINGS["adapters"]
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rates of the steps, in order."""
+    return [step["optimizer/lr"] for step in records(folder / "steps")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more", "last"),
+    [
+        (None, ("--model.optimizer.init_args.lr", "0.004"), 0.004),
+        (SCHEDULE, ("--model.optimizer.init_args.lr", "0.004"), 0.004 * 0.5**3),
+        (SCHEDULE, DECAY, 0.01 * 0.8**3),
+        (SCHEDULE, ("--model.lr_scheduler", "null"), 0.01),
+        (SCHEDULE, ("--model.optimizer.init_args.weight_decay", "0.3"), 0.01 * 0.5**3),
+        (None, (), 0.01),
+    ],
+)
+def test_what_the_command_line_changes_holds(prepare, run, capfd, schedule, more, last):
+    """The schedule goes on at the step reached, as if it had been so from the start; the rest is as it was."""
+    folder = prepare(steps=2, model={"lr_scheduler": schedule})
+    assert run(*fit(folder)) == 0
+    assert run(*go_on(folder, "--trainer.max_steps", "3", *more)) == 0
+    assert rates(folder)[-1] == pytest.approx(last, rel=1e-9)
+    assert ("Going on with other settings of the optimiser" in capfd.readouterr().out) == bool(more)
+    (group,) = torch.load(newest(folder))["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == (0.3 if "0.3" in more else 0.01)
+    # What was changed is now the run's own, and stays without being said to be new.
+    assert run(*go_on(folder, "--trainer.max_steps", "4", *more)) == 0
+    assert "other settings" not in capfd.readouterr().out
+    factor = {None: 1.0, "null": 1.0, "0.8": 0.8}.get(more[-1] if more else None, 0.5 if schedule else 1.0)
+    assert rates(folder)[-1] == pytest.approx(last * factor, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def short(prepare: Prepare) -> Callable[[str], Path]:
+    """The folder of a run of a step, with or without adapters."""
+
+    @cache
+    def short(kind: str) -> Path:
+        folder = prepare(steps=1, model=ADAPTERS if kind == "adapters" else {})
+        weights_only = ("--checkpoint.save_weights_only", "true") if kind == "weights only" else ()
+        finish(folder, "one", *weights_only)
+        return folder
+
+    return short
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "line"),
+    [
+        ("plain", ["--model.optimizer", "torch.optim.SGD"], "model.optimizer torch.optim.sgd.SGD cannot go on with"),
+        ("plain", ["--model.freeze", '["*.embed_tokens.*"]'], "The checkpoint and model.freeze do not agree"),
+        ("plain", ["--model.lora", "peft.LoraConfig"], "The checkpoint and model.lora do not agree"),
+        ("plain", ["--seed_everything", "1"], "a run with seed_everything=0, not 1"),
+        ("adapters", ["--model.lora", "null"], "The checkpoint and model.lora do not agree"),
+        ("adapters", ["--model.lora.init_args.r", "2"], "The checkpoint and model.lora.r do not agree"),
+        ("adapters", ["--model.lora.init_args.lora_alpha", "32"], "trained with other factors"),
+        ("adapters", ["--model.lora.init_args.target_modules", "[q_proj]"], "model.lora do not agree"),
+        ("weights only", [], "holds weights only"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_line(short, run, capfd, kind, more, line):
+    folder = short(kind)
+    assert run(*go_on(folder, "--trainer.max_steps", "2", *more)) == 2
+    said = told(capfd.readouterr().err)
+    assert said.startswith("error: ")
+    assert line in said
+    assert steps_of(folder) == [0]
 
 
 # ---- saves that fail ------------------------------------------------------------------------------------------------
