@@ -21,6 +21,8 @@ from lsm_lightning.errors import ConfigurationError
 
 EXTRA = "meta.pt"
 """Where a sharded checkpoint keeps what is no tensor."""
+POINTER = "last_checkpoint"
+"""A file in a run's folder that tells where its last checkpoint lies, as loggers and settings may put it anywhere."""
 STUDENT = "student."
 """Prefix of the student's weights in the state dict of the Lightning module."""
 
@@ -36,10 +38,26 @@ class Checkpoint:
 
 
 def newest(folder: Path) -> Path | None:
-    """The youngest `last.ckpt` of the runs that log into a folder, or that lies in it."""
+    """The youngest checkpoint of the runs of a folder: the one it points to, or a `last.ckpt` in the usual places."""
     runs = ("", "checkpoints/", "version_*/checkpoints/", "lightning_logs/version_*/checkpoints/")
     found = [path for run in runs for path in folder.glob(f"{run}last.ckpt") if path.exists()]
+    if (pointer := folder / POINTER).is_file() and (pointed := folder / pointer.read_text().strip()).exists():
+        found.append(pointed)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def point(folder: Path, checkpoint: Path) -> None:
+    """Note in a run's folder where its last checkpoint lies: within the folder a relative path, so that it may move.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    place, folder = checkpoint.absolute(), folder.absolute()
+    text = str(place.relative_to(folder) if place.is_relative_to(folder) else place)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".{POINTER}"
+    fresh.write_text(f"{text}\n")
+    fresh.replace(folder / POINTER)
 
 
 def is_sharded(path: Path) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from processes import records, started
 from tiny import save_tiny
 from torch.distributed import checkpoint as sharded
@@ -340,7 +341,7 @@ def test_the_last_step_is_saved_whatever_the_interval(prepare, run):
 def test_last_is_an_error_without_a_checkpoint_and_auto_starts_anew(prepare, run, capfd):
     folder = prepare(steps=1)
     assert run(*go_on(folder)) == 2
-    assert told(capfd.readouterr().err).startswith("error: ckpt_path: last: no last.ckpt below")
+    assert told(capfd.readouterr().err).startswith("error: ckpt_path: last: no checkpoint below")
     assert run(*fit(folder, "--ckpt_path", "auto")) == 0
     assert run(*fit(folder, "--ckpt_path", "auto", "--trainer.max_steps", "2")) == 0
     assert run(*go_on(folder, "--trainer.max_steps", "3")) == 0
@@ -355,6 +356,52 @@ def test_the_newest_of_several_runs_is_taken(tmp_path):
     (tmp_path / "version_11" / "checkpoints").mkdir(parents=True)
     assert checkpoints.newest(tmp_path) == tmp_path / "version_2" / "checkpoints" / "last.ckpt"
     assert checkpoints.newest(tmp_path / "version_11") is None
+
+
+LOGGERS = {
+    "named": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"name": "experiment"}},
+    "elsewhere": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"name": None}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the run's config.yaml is there
+@pytest.mark.parametrize("place", LOGGERS)
+def test_auto_finds_the_checkpoint_wherever_the_logger_puts_it(prepare, run, capfd, tmp_path, place):
+    """And whatever it is called. The control: without the note of the place there is none to be found."""
+    folder = prepare(steps=1)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    save_dir = folder if place == "named" else tmp_path
+    logger = {**LOGGERS[place], "init_args": {**LOGGERS[place]["init_args"], "save_dir": str(save_dir)}}
+    settings["trainer"]["logger"] = logger
+    settings["checkpoint"] |= {"save_last": False, "save_top_k": -1, "filename": "{step}"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    for steps in (1, 2):
+        assert run(*fit(folder, "--ckpt_path", "auto", "--trainer.max_steps", f"{steps}")) == 0
+        said = capfd.readouterr().out
+        found = f"Going on from {newest(folder).parents[2]}" if steps == 2 else "No checkpoint below"
+        assert found in said
+    assert steps_of(folder) == [0, 1]
+    (folder / checkpoints.POINTER).unlink()
+    assert checkpoints.newest(folder) is None
+
+
+def test_a_run_that_was_moved_is_found(prepare, run, tmp_path):
+    folder = prepare(steps=1)
+    assert run(*fit(folder)) == 0
+    for name in ("version_0", checkpoints.POINTER):
+        shutil.copytree(folder / name, tmp_path / name) if name[0] == "v" else shutil.copy(folder / name, tmp_path)
+    shutil.rmtree(folder / "version_0")
+    assert checkpoints.newest(tmp_path) == tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    assert checkpoints.newest(folder) is None
+
+
+def test_a_finished_run_says_that_nothing_is_left(short, run, capfd):
+    folder = short("plain")
+    assert run(*go_on(folder)) == 0
+    said = capfd.readouterr().out
+    assert f"Nothing left to train: {newest(folder)} is of step 1, and trainer.max_steps is 1." in said
+    assert f"checkpoint   {newest(folder)}" in said
+    assert steps_of(folder) == [0]
 
 
 def test_a_checkpoint_does_not_override_the_command_line(prepare, whole, run, monkeypatch):
@@ -381,6 +428,24 @@ OTHER_SETTINGS: dict[str, dict[str, Any]] = {
     "model",
     ["adapters", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_SETTINGS if name != "adapters")],
 )
+@pytest.mark.parametrize(
+    ("variables", "looks"), [({}, True), ({"SLURM_LOCALID": "1"}, False), ({"LOCAL_RANK": "1"}, False)]
+)
+def test_one_process_of_a_node_reads_a_checkpoint_against_its_checksums(short, monkeypatch, variables, looks):
+    """Under srun too, which sets other variables."""
+    seen = []
+    monkeypatch.setattr(checkpoints, "check", lambda path, every_byte=True: seen.append(every_byte))
+    with monkeypatch.context() as patch:
+        for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        command = CLI.__new__(CLI)
+        command.config = Namespace(subcommand="fit", fit=Namespace(ckpt_path=str(newest(short("plain")))))
+        command._parse_ckpt_path()
+    assert seen == [looks]
+
+
 def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, student_folder, model):
     """One, then two with half of the weights each, then one; without dropout, which draws other numbers."""
     alone, folder = (prepare(student=student_folder, model=OTHER_SETTINGS[model]) for _ in range(2))
@@ -497,7 +562,7 @@ def short(prepare: Prepare) -> Callable[[str], Path]:
 def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_line(short, run, capfd, kind, more, line):
     folder = short(kind)
     assert run(*go_on(folder, "--trainer.max_steps", "2", *more)) == 2
-    said = told(capfd.readouterr().err)
+    *_, said = capfd.readouterr().err.splitlines()  # before it, bitsandbytes may tell of kernels
     assert said.startswith("error: ")
     assert line in said
     assert steps_of(folder) == [0]

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 import yaml
 from lightning.pytorch import Trainer
 
+from lsm_lightning.__main__ import main as started
 from lsm_lightning.pretrained import load_model
 
 ROOT = Path(__file__).parent.parent
@@ -85,6 +87,22 @@ def test_every_precision_trains_and_validates(settings, run, tmp_path, precision
         name for name, w in before.items() if not torch.equal(weights[f"student.{name}"], w.to(WIDTHS[precision]))
     ]
     assert len(changed) > len(before) / 2
+
+
+# ---- the first seconds ----------------------------------------------------------------------------------------------
+
+
+class Interrupted(ModuleType):
+    """A module during whose import Ctrl-C is pressed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_during_the_imports_is_told_in_one_line(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "lsm_lightning.cli", Interrupted("lsm_lightning.cli"))
+    assert started() == 130
+    assert capfd.readouterr().err == "Interrupted before training began; nothing to save.\n"
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------
