@@ -10,8 +10,11 @@ def main() -> int:
         sys.path.insert(0, "")
     # Where it is installed, it is loaded with peft and tells of optional kernels, also those who use neither.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    from lsm_lightning.cli import main as run_main
-
+    try:
+        from lsm_lightning.cli import main as run_main
+    except KeyboardInterrupt:  # it takes seconds
+        print("Interrupted before training began; nothing to save.", file=sys.stderr)
+        return 130
     return run_main()
 
 

@@ -3,7 +3,8 @@
 import pickle
 import warnings
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from lsm_lightning.errors import ConfigurationError
 
 EXTRA = "meta.pt"
 """Where a sharded checkpoint keeps what is no tensor."""
+POINTER = "last_checkpoint"
+"""A file in a run's folder that tells where its last checkpoint lies, as loggers and settings may put it anywhere."""
 STUDENT = "student."
 """Prefix of the student's weights in the state dict of the Lightning module."""
 
@@ -35,10 +38,26 @@ class Checkpoint:
 
 
 def newest(folder: Path) -> Path | None:
-    """The youngest `last.ckpt` of the runs that log into a folder, or that lies in it."""
+    """The youngest checkpoint of the runs of a folder: the one it points to, or a `last.ckpt` in the usual places."""
     runs = ("", "checkpoints/", "version_*/checkpoints/", "lightning_logs/version_*/checkpoints/")
     found = [path for run in runs for path in folder.glob(f"{run}last.ckpt") if path.exists()]
+    if (pointer := folder / POINTER).is_file() and (pointed := folder / pointer.read_text().strip()).exists():
+        found.append(pointed)
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def point(folder: Path, checkpoint: Path) -> None:
+    """Note in a run's folder where its last checkpoint lies: within the folder a relative path, so that it may move.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    place, folder = checkpoint.absolute(), folder.absolute()
+    text = str(place.relative_to(folder) if place.is_relative_to(folder) else place)
+    folder.mkdir(parents=True, exist_ok=True)
+    fresh = folder / f".{POINTER}"
+    fresh.write_text(f"{text}\n")
+    fresh.replace(folder / POINTER)
 
 
 def is_sharded(path: Path) -> bool:
@@ -94,8 +113,31 @@ def read(path: Path) -> Checkpoint:
         ConfigurationError: The checkpoint is damaged, or is not one of this package.
     """
     check(path, every_byte=False)
-    try:
+    with _told(path):
         state, weights = _read_shards(path) if path.is_dir() else _read_file(path)
+    if not weights or "global_step" not in state:
+        raise ConfigurationError(f"'{path}' is not a checkpoint of a run of this package: it holds no student.")
+    return Checkpoint(weights=weights, state=state)
+
+
+def read_state(path: Path) -> Mapping[str, Any]:
+    """All that is no tensor of model or optimiser, which takes no time.
+
+    Raises:
+        ConfigurationError: The checkpoint is damaged, or is not one of this package.
+    """
+    with _told(path):
+        state = _read_extra(path) if path.is_dir() else _read_file(path)[0]
+    if "global_step" not in state:
+        raise ConfigurationError(f"'{path}' is not a checkpoint of a run of this package: it holds no student.")
+    return state
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Damage as a `ConfigurationError`."""
+    try:
+        yield
     except pickle.UnpicklingError as error:
         raise ConfigurationError(
             f"The checkpoint '{path}' is damaged, or a callback, scheduler or optimiser has put more than tensors and "
@@ -103,9 +145,6 @@ def read(path: Path) -> Checkpoint:
         ) from error
     except _DAMAGE as error:
         raise ConfigurationError(f"The checkpoint '{path}' is damaged: {_reason(error)}") from error
-    if not weights or "global_step" not in state:
-        raise ConfigurationError(f"'{path}' is not a checkpoint of a run of this package: it holds no student.")
-    return Checkpoint(weights=weights, state=state)
 
 
 _DAMAGE = (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError, CheckpointException)
@@ -121,8 +160,12 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return state, {name.removeprefix(STUDENT): value for name, value in weights.items() if name.startswith(STUDENT)}
 
 
+def _read_extra(folder: Path) -> dict[str, Any]:
+    return torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
+
+
 def _read_shards(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    state = torch.load(folder / EXTRA, map_location="cpu", weights_only=True)
+    state = _read_extra(folder)
     prefix = f"state_dict.{STUDENT}"
     stored = FileSystemReader(folder).read_metadata().state_dict_metadata
     weights = {
@@ -169,11 +212,8 @@ def _check_shards(folder: Path) -> None:
 
 
 def _joined(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Optimiser states as a list, with numbers for names, as an optimiser knows its parameters."""
+    """Optimiser states as a list, as single files have them."""
     states: list[dict[str, Any]] = []
     while (state := checkpoint.pop(f"optimizer_{len(states)}", None)) is not None:
-        names = [name for group in state["param_groups"] for name in group["params"]]
-        numbers = {name: number for number, name in enumerate(names)}
-        groups = [{**g, "params": [numbers[name] for name in g["params"]]} for g in state["param_groups"]]
-        states.append({"state": {numbers[n]: value for n, value in state["state"].items()}, "param_groups": groups})
+        states.append(state)
     return {**checkpoint, "optimizer_states": states}

@@ -35,6 +35,9 @@ from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.planning.command import tell_plan
 from lsm_lightning.pretrained import DType
 
+LIGHTNINGS_NAMES = ("best", "hpc", "registry")
+"""Of checkpoints, for Lightning to find."""
+
 
 class Parser(LightningArgumentParser):
     """Reports a mistake in one line, without the pages of usage that argparse puts before it."""
@@ -89,6 +92,9 @@ class CLI(LightningCLI):
     """`fit`, `validate`, `probe`, `plan`; the seed is one setting; probe, progress, summary and checkpoints belong to
     every run."""
 
+    _nothing_found = ""
+    """What to tell where `--ckpt_path auto` has found no checkpoint."""
+
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """The trainer functions that this module has steps for, and what is looked at before a run."""
@@ -124,10 +130,27 @@ class CLI(LightningCLI):
         """Make what the command line describes; for a plan, all but the trainer."""
         if self.subcommand != "plan":
             super().instantiate_classes()
+            self._go_on()
             return
         self.config_init = self.parser.instantiate_classes(self.config)
         self.datamodule, self.model = self._get(self.config_init, "data"), self._get(self.config_init, "model")
         self.trainer = self.trainer_class  # type: ignore[assignment]  # asked for the command's name only
+
+    def _go_on(self) -> None:
+        """Have the model look at the checkpoint that is gone on from, and tell where the run stands."""
+        path = self._get(self.config, "ckpt_path")
+        told = self._nothing_found
+        if path is not None and str(path) not in LIGHTNINGS_NAMES:
+            state = checkpoints.read_state(Path(path))
+            training = self.subcommand == "fit"
+            self.model.go_on_from(state, training=training)
+            done, steps = state["global_step"], self.trainer.max_steps
+            if training:
+                told = f"Going on from {path}, after step {done}."
+            if training and done >= steps > 0:
+                told = f"Nothing left to train: {path} is of step {done}, and trainer.max_steps is {steps}."
+        if told and self.trainer.is_global_zero:
+            print(told, flush=True)
 
     def plan(self, **kwargs: Any) -> None:
         """Tell where memory and time will go."""
@@ -149,6 +172,9 @@ class CLI(LightningCLI):
                 callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
         if any(isinstance(callback, Checkpoint) for callback in callbacks):
             callbacks = [StopSignals(), *callbacks]
+        for callback in callbacks:
+            if isinstance(callback, Checkpoint) and not callback.dirpath:
+                callback.folder = Path(_run_folder(config.get("default_root_dir")))
         if config.get("logger") in (None, True):
             config["logger"] = TensorBoardLogger(_run_folder(config.get("default_root_dir")), name=None, flush_secs=10)
         if config.get("profiler") is None:
@@ -173,12 +199,16 @@ class CLI(LightningCLI):
             found = checkpoints.newest(folder)
             if found is None and str(path) == "last":
                 raise ConfigurationError(
-                    f"ckpt_path: last: no last.ckpt below '{folder}'. Use --ckpt_path auto to start anew where there "
+                    f"ckpt_path: last: no checkpoint below '{folder}'. Use --ckpt_path auto to start anew where there "
                     "is none."
                 )
+            if found is None:
+                self._nothing_found = f"No checkpoint below '{folder}': starting anew."
             path = config["ckpt_path"] = found and str(found)
-        if path is not None and str(path) not in ("best", "hpc", "registry"):
-            checkpoints.check(Path(path), every_byte=os.environ.get("LOCAL_RANK", "0") == "0")
+        if path is not None and str(path) not in LIGHTNINGS_NAMES:
+            # By one process of a node; srun does not set what other launchers do.
+            local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")
+            checkpoints.check(Path(path), every_byte=local_rank == "0")
 
     def fit(self, model: OnPolicyDistillation, **kwargs: Any) -> None:
         """Train; after Ctrl-C, SIGTERM or SLURM's warning, tell where the checkpoint is and how to go on.

@@ -87,7 +87,7 @@ class AlternatingTasks(LightningDataModule):
         return StepBatch(
             task=name,
             step=step,
-            indices=range(first + self._rank, first + size, self._world_size),
+            indices=tuple(range(first + self._rank, first + size, self._world_size)),
             samples_per_prompt=self.samples_per_prompt[name],
         )
 
@@ -111,7 +111,8 @@ class AlternatingTasks(LightningDataModule):
     def val_dataloader(self) -> "DataLoader[StepBatch]":
         """The test split, one batch a task."""
         batches = [
-            StepBatch(task=name, step=0, indices=self.eval_indices(name), samples_per_prompt=1) for name in self.tasks
+            StepBatch(task=name, step=0, indices=tuple(self.eval_indices(name)), samples_per_prompt=1)
+            for name in self.tasks
         ]
         return DataLoader(batches, batch_size=None, generator=_unused())  # type: ignore[arg-type]
 

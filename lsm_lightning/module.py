@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,11 +17,14 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
 from peft import LoraConfig
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from lsm_lightning import resuming
 from lsm_lightning.batching import check_packing
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
@@ -83,6 +86,18 @@ class Clock:
         with self.profiler.profile(name):
             yield
         self.seconds[name] = time.perf_counter() - started
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Lightning's half and double precision convert the student, and also set the default type of a step's new tensors;
+    log-probs, weights of positions and sums are to stay float32."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 class OnPolicyDistillation(LightningModule):
@@ -192,6 +207,9 @@ class OnPolicyDistillation(LightningModule):
         self.half_updated = False
         """While the optimiser is at work: what it leaves behind when it fails is no state to go on from."""
         self._skipped = 0
+        self._continued: resuming.Note | None = None
+        self._restoring: dict[str, Any] = {}
+        self._changes: resuming.Changes | None = None
         self._before_step: RandomStates | None = None
         self._restored: RandomStates | None = None
         self.on_rollout_progress: Callable[[int, int], None] | None = None
@@ -240,6 +258,8 @@ class OnPolicyDistillation(LightningModule):
             self.student = self._load_student() if self.device_mesh is None else self._load_student_sharded()
             self.turn_end = turn_end_ids(self.student, self.tokenizer)
             self.student.train()
+            if self._continued is not None:
+                resuming.check_trained(self._continued[resuming.NOTE], self)
             vocabulary = len(self.student.get_output_embeddings().weight)
             if self.objective.student_tokens > vocabulary:
                 raise ConfigurationError(
@@ -293,12 +313,49 @@ class OnPolicyDistillation(LightningModule):
         return student
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over the student, and its schedule."""
+        """The optimizer over the student, and its schedule; they stand where a checkpoint is gone on from."""
         try:
             optimizer = self.optimizer_of(p for p in self.student.parameters() if p.requires_grad)
         except ValueError as error:
             raise ConfigurationError(f"model.optimizer: {error}") from error
-        return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
+        self._optimizer_note = resuming.of_optimizer(optimizer, self)
+        scheduler = None if self.lr_scheduler_of is None else self.lr_scheduler_of(optimizer)
+        self._optimizer_note |= resuming.of_schedule(scheduler)
+        if self._continued is not None:
+            self._prepare_restoring(optimizer, scheduler)
+        return optimizer if scheduler is None else ([optimizer], [scheduler])
+
+    def _prepare_restoring(self, optimizer: Optimizer, scheduler: Any) -> None:
+        """Let the command line's settings hold, whatever the checkpoint says."""
+        assert self._continued is not None
+        states = self._continued.get("optimizer_states", [])  # none in a sharded checkpoint
+        if self.device_mesh is not None and states and not any(states[0]["state"].values()):
+            raise ConfigurationError(
+                f"model.optimizer: {type(optimizer).__name__} keeps no state, and torch cannot restore that in shards "
+                "from a single file: go on with the strategy ddp or in one process."
+            )
+        self._changes = resuming.changes(
+            self._continued[resuming.NOTE],
+            self._optimizer_note,
+            optimizer,
+            scheduler,
+            steps=self._continued["global_step"],
+        )
+        if self._changes.told:
+            self.print(f"Going on with other settings of the optimiser: {self._changes.told}.")
+        if self._restoring:
+            groups = [group["params"] for group in self._optimizer_note["groups"]]
+            states = [resuming.by_number(state, groups) for state in self._restoring["optimizer_states"]]
+            self._restoring["optimizer_states"] = states
+            self._change(states[0]["param_groups"], self._restoring)
+            self._restoring = {}
+
+    def _change(self, groups: list[dict[str, Any]], checkpoint: dict[str, Any]) -> None:
+        if self._changes is not None:
+            for group, values in zip(groups, self._changes.groups, strict=True):
+                group.update(values)
+            if self._changes.schedule:
+                checkpoint["lr_schedulers"] = []
 
     def on_train_start(self) -> None:
         """Let random numbers go on where the checkpoint stood; what has been set up since has drawn some."""
@@ -314,6 +371,7 @@ class OnPolicyDistillation(LightningModule):
 
     # ---- one step ---------------------------------------------------------------------------------------------------
 
+    @_float32_by_default()
     def training_step(self, batch: StepBatch, batch_idx: int) -> dict[str, float]:
         """Play the batch's episodes, let the task's teacher score them, and make one update.
 
@@ -502,6 +560,7 @@ class OnPolicyDistillation(LightningModule):
 
     # ---- evaluation -------------------------------------------------------------------------------------------------
 
+    @_float32_by_default()
     def validation_step(self, batch: StepBatch, batch_idx: int) -> None:
         """Measure the student on a task's test split."""
         score = self.evaluate(batch.task)
@@ -614,7 +673,7 @@ class OnPolicyDistillation(LightningModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Name the student, so that a checkpoint tells what it continues, and keep the random states of all processes.
+        """Note what the run is, so that a checkpoint tells what it continues, and the random states of all processes.
 
         Frozen weights under adapters are left out, unless they are sharded: they are those of the base student.
         All processes call it together; a sharded checkpoint keeps what the first one adds.
@@ -622,6 +681,10 @@ class OnPolicyDistillation(LightningModule):
         checkpoint["student"] = self.student_name
         if self._keeps_adapters_only:
             checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if is_adapters(n)}
+        checkpoint[resuming.NOTE] = {"seed": self.seed, **resuming.trained(self), "optimizer": None}
+        if "optimizer_states" in checkpoint:
+            checkpoint[resuming.NOTE] |= self._optimizer_note
+            checkpoint["optimizer_states"] = [self._named(state) for state in checkpoint["optimizer_states"]]
         checkpoint["skipped_steps"] = self._skipped
         states: list[RandomStates] = [self._before_step or random_states(self.device)]
         if self.trainer.world_size > 1:
@@ -629,29 +692,66 @@ class OnPolicyDistillation(LightningModule):
             torch.distributed.all_gather_object(states, states[self.global_rank])
         checkpoint["random_states"] = states
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse to go on with another student; tell what another number of processes changes.
+    def _named(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Sharded weights' states come with names, or where one file is written with the numbers of all weights, in the
+        first process only."""
+        if self.device_mesh is None:
+            return resuming.by_name(
+                state, [name for group in self._optimizer_note["groups"] for name in group["params"]]
+            )
+        if any(isinstance(number, str) for group in state.get("param_groups", ()) for number in group["params"]):
+            return state
+        return resuming.by_name(state, [name for name, _ in self.named_parameters()]) if state else state
+
+    def go_on_from(self, checkpoint: Mapping[str, Any], *, training: bool) -> None:
+        """Tell what is gone on from, before anything is loaded: strategies that shard weights restore them before
+        `on_load_checkpoint`, and Lightning reads the checkpoint only after all models.
+
+        Args:
+            checkpoint: All that is no tensor of model or optimiser.
+            training: Whether more is done with it than measuring.
 
         Raises:
-            ConfigurationError: The checkpoint continues a student of another name, or with other adapters.
+            ConfigurationError: The checkpoint is of another student, seed or version of this package.
         """
         if checkpoint.get("student", self.student_name) != self.student_name:
             raise ConfigurationError(
                 f"The checkpoint is of the student '{checkpoint['student']}', not of '{self.student_name}': set "
                 "model.student to that one, or start without --ckpt_path."
             )
-        if self._keeps_adapters_only:
-            expected = {name for name in self.state_dict() if is_adapters(name)}
-            if wrong := sorted(expected ^ checkpoint["state_dict"].keys()):
-                raise ConfigurationError(
-                    f"The checkpoint and model.lora do not agree about adapters, the first being {wrong[0]}: give the "
-                    "settings that it was trained with, or start without --ckpt_path."
-                )
+        if resuming.NOTE not in checkpoint:
+            raise ConfigurationError(
+                "The checkpoint does not say what it trains; one of an earlier version of this package can be exported "
+                f"only: {resuming.ANEW}."
+            )
+        if training and (seed := checkpoint[resuming.NOTE]["seed"]) != self.seed:
+            raise ConfigurationError(
+                f"The checkpoint is of a run with seed_everything={seed}, not {self.seed}: give that seed to go on, or "
+                "another trainer.default_root_dir for a run of its own."
+            )
+        self._continued = checkpoint
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse to go on with another student; tell what another number of processes changes.
+
+        Raises:
+            ConfigurationError: See `go_on_from`; or other weights are trained.
+        """
+        training = self.trainer.state.fn == TrainerFn.FITTING
+        self.go_on_from(checkpoint, training=training)
+        resuming.check_trained(checkpoint[resuming.NOTE], self)
+        if self._keeps_adapters_only:  # a sharded one has all weights
+            checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if is_adapters(n)}
+        if training:
+            if self.device_mesh is None:
+                self._restoring = checkpoint
+            else:
+                self._change(self.trainer.optimizers[0].param_groups, checkpoint)
         self._skipped = checkpoint.get("skipped_steps", 0)
         states: list[RandomStates] = checkpoint.get("random_states", [])
         if len(states) == self.trainer.world_size:
             self._restored = states[self.global_rank]
-        elif states and self.trainer.training:
+        elif states and training:
             self.print(
                 f"Going on with {self.trainer.world_size} instead of {len(states)} processes: every step has the same "
                 "problems and rollouts, dealt out anew, so results agree up to rounding; dropout draws other numbers."

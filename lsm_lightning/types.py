@@ -1,4 +1,4 @@
-"""What flows through a step: small frozen dataclasses, with shapes.
+"""What flows through a step: small dataclasses, frozen but one, with shapes.
 
 `N` counts response tokens of all turns, one turn after the other; `K` is the size of a support.
 """
@@ -89,14 +89,18 @@ class Support:
         return Support(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(kw_only=True, slots=True)
 class StepBatch:
-    """Which episodes one training step plays."""
+    """Which episodes one training step plays.
+
+    Not frozen, and without a `range`: Lightning's half and double precision rebuild whatever a loader gives, field by
+    field, in search of tensors.
+    """
 
     task: str
     step: int
     """Position in the schedule, from 0; seeds derive from it."""
-    indices: Sequence[int]
+    indices: tuple[int, ...]
     """Problem numbers of the task; a small data set may repeat a problem within a step."""
     samples_per_prompt: int
     """How many episodes play each problem."""

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from jsonargparse import Namespace
 from processes import records, started
 from tiny import save_tiny
 from torch.distributed import checkpoint as sharded
@@ -207,8 +208,9 @@ def prepare(forgetful: Path, teacher_folder: Path, tmp_path_factory: pytest.Temp
     """Writes the settings of a run into a folder of its own, where it logs and is recorded."""
 
     def prepare(
-        layout: str = "one", steps: int = STEPS, every: int = 20, pause: float = 0.0, student: Path = forgetful
-    ) -> Path:
+        layout: str = "one", steps: int = STEPS, every: int = 20, pause: float = 0.0, student: Path = forgetful,
+        model: dict[str, Any] | None = None,
+    ) -> Path:  # fmt: skip
         folder = tmp_path_factory.mktemp("run")
         teacher = {"class_path": "lsm_lightning.teacher.LocalTeacher", "init_args": {"path": str(teacher_folder)}}
         task = {
@@ -225,6 +227,7 @@ def prepare(forgetful: Path, teacher_folder: Path, tmp_path_factory: pytest.Temp
                     "class_path": "torch.optim.lr_scheduler.ExponentialLR",
                     "init_args": {"gamma": 0.9},
                 },
+                **(model or {}),
             },
             "data": {"tasks": {"sums": task}, "prompts_per_step": 3, "samples_per_prompt": 1},
             "trainer": {
@@ -338,7 +341,7 @@ def test_the_last_step_is_saved_whatever_the_interval(prepare, run):
 def test_last_is_an_error_without_a_checkpoint_and_auto_starts_anew(prepare, run, capfd):
     folder = prepare(steps=1)
     assert run(*go_on(folder)) == 2
-    assert told(capfd.readouterr().err).startswith("error: ckpt_path: last: no last.ckpt below")
+    assert told(capfd.readouterr().err).startswith("error: ckpt_path: last: no checkpoint below")
     assert run(*fit(folder, "--ckpt_path", "auto")) == 0
     assert run(*fit(folder, "--ckpt_path", "auto", "--trainer.max_steps", "2")) == 0
     assert run(*go_on(folder, "--trainer.max_steps", "3")) == 0
@@ -355,6 +358,52 @@ def test_the_newest_of_several_runs_is_taken(tmp_path):
     assert checkpoints.newest(tmp_path / "version_11") is None
 
 
+LOGGERS = {
+    "named": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"name": "experiment"}},
+    "elsewhere": {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"name": None}},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Experiment logs directory")  # the run's config.yaml is there
+@pytest.mark.parametrize("place", LOGGERS)
+def test_auto_finds_the_checkpoint_wherever_the_logger_puts_it(prepare, run, capfd, tmp_path, place):
+    """And whatever it is called. The control: without the note of the place there is none to be found."""
+    folder = prepare(steps=1, every=1)
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    save_dir = folder if place == "named" else tmp_path
+    logger = {**LOGGERS[place], "init_args": {**LOGGERS[place]["init_args"], "save_dir": str(save_dir)}}
+    settings["trainer"]["logger"] = logger
+    settings["checkpoint"] |= {"save_last": False, "save_top_k": -1, "filename": "{step}"}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run(*fit(folder, "--ckpt_path", "auto")) == 0
+    assert "No checkpoint below" in capfd.readouterr().out
+    first = newest(folder)
+    assert run(*fit(folder, "--ckpt_path", "auto", "--trainer.max_steps", "2")) == 0
+    assert f"Going on from {first}, after step 1." in capfd.readouterr().out
+    assert steps_of(folder) == [0, 1]
+    (folder / checkpoints.POINTER).unlink()
+    assert checkpoints.newest(folder) is None
+
+
+def test_a_run_that_was_moved_is_found(prepare, run, tmp_path):
+    folder = prepare(steps=1)
+    assert run(*fit(folder)) == 0
+    for name in ("version_0", checkpoints.POINTER):
+        shutil.copytree(folder / name, tmp_path / name) if name[0] == "v" else shutil.copy(folder / name, tmp_path)
+    shutil.rmtree(folder / "version_0")
+    assert checkpoints.newest(tmp_path) == tmp_path / "version_0" / "checkpoints" / "last.ckpt"
+    assert checkpoints.newest(folder) is None
+
+
+def test_a_finished_run_says_that_nothing_is_left(short, run, capfd):
+    folder = short("plain")
+    assert run(*go_on(folder)) == 0
+    said = capfd.readouterr().out
+    assert f"Nothing left to train: {newest(folder)} is of step 1, and trainer.max_steps is 1." in said
+    assert f"checkpoint   {newest(folder)}" in said
+    assert steps_of(folder) == [0]
+
+
 def test_a_checkpoint_does_not_override_the_command_line(prepare, whole, run, monkeypatch):
     seen = []
     monkeypatch.setattr(CLI, "fit", lambda self, model, **_: seen.append(model))
@@ -362,11 +411,45 @@ def test_a_checkpoint_does_not_override_the_command_line(prepare, whole, run, mo
     assert (seen[0].gradient_clip, seen[0].micro_batch_tokens) == (0.25, 77)
 
 
-def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, student_folder):
+OTHER_SETTINGS: dict[str, dict[str, Any]] = {
+    "all weights": {},
+    "adapters": {
+        "lora": {
+            "class_path": "peft.LoraConfig",
+            "init_args": {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"]},
+        }
+    },
+    "frozen": {"freeze": ["*.embed_tokens.*", "*.layers.0.*"]},
+}
+"""With each the optimiser knows other parameters."""
+
+
+@pytest.mark.parametrize(
+    ("variables", "looks"), [({}, True), ({"SLURM_LOCALID": "1"}, False), ({"LOCAL_RANK": "1"}, False)]
+)
+def test_one_process_of_a_node_reads_a_checkpoint_against_its_checksums(short, monkeypatch, variables, looks):
+    """Under srun too, which sets other variables."""
+    seen = []
+    monkeypatch.setattr(checkpoints, "check", lambda path, every_byte=True: seen.append(every_byte))
+    with monkeypatch.context() as patch:
+        for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+            patch.delenv(name, raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        command = CLI.__new__(CLI)
+        command.config = Namespace(subcommand="fit", fit=Namespace(ckpt_path=str(newest(short("plain")))))
+        command._parse_ckpt_path()
+    assert seen == [looks]
+
+
+@pytest.mark.parametrize(
+    "model",
+    ["adapters", *(pytest.param(name, marks=pytest.mark.slow) for name in OTHER_SETTINGS if name != "adapters")],
+)
+def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, student_folder, model):
     """One, then two with half of the weights each, then one; without dropout, which draws other numbers."""
-    alone = prepare(student=student_folder)
+    alone, folder = (prepare(student=student_folder, model=OTHER_SETTINGS[model]) for _ in range(2))
     finish(alone, "one")
-    folder = prepare(student=student_folder)
     assert "Going on" not in finish(folder, "one", "--trainer.max_steps", "2")
     for layout, steps, line in (
         ("shards", 4, "Going on with 2 instead of 1 processes"),
@@ -377,10 +460,112 @@ def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, s
         (folder / "run.yaml").write_text(yaml.safe_dump(settings))
         assert line in finish(folder, layout, "--ckpt_path", "last")
         assert newest(folder).is_dir() == (layout == "shards")
-    ours, theirs = (checkpoints.load(newest(each))["state_dict"] for each in (folder, alone))
-    for name in theirs:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+    ours, theirs = (checkpoints.load(newest(each)) for each in (folder, alone))
+    assert ours["state_dict"].keys() == theirs["state_dict"].keys()
+    for name, weight in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-5)
+    (ours,), (theirs,) = ours["optimizer_states"], theirs["optimizer_states"]
+    assert ours["state"].keys() == theirs["state"].keys()
+    for name, state in theirs["state"].items():
+        torch.testing.assert_close(ours["state"][name], state, rtol=1e-3, atol=1e-5)
     assert steps_of(folder) == steps_of(alone)
+
+
+@pytest.mark.slow
+def test_an_optimiser_without_state_goes_on_in_shards_and_from_them(prepare, student_folder):
+    """Not from a file into shards, which torch cannot; that is told before anything is restored."""
+    sgd = {"optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}}
+    alone, folder = (prepare(student=student_folder, model=sgd) for _ in range(2))
+    finish(alone, "one")
+    for layout, steps in (("shards", 2), ("shards", 3), ("one", 6)):
+        settings = yaml.safe_load((folder / "run.yaml").read_text())
+        settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        finish(folder, layout, "--ckpt_path", "auto")
+    ours, theirs = (checkpoints.load(newest(each))["state_dict"] for each in (folder, alone))
+    for name, weight in theirs.items():
+        torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5)
+    settings["trainer"] |= {**LAYOUTS["shards"], "max_steps": 7}
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    with started(go_on(folder), folder / "refused", processes=2) as run:
+        assert run.wait() == [2, 2]
+        assert "SGD keeps no state" in run.said()
+
+
+# ---- a command line that says otherwise than the checkpoint ---------------------------------------------------------
+
+SCHEDULE = {"class_path": "torch.optim.lr_scheduler.ExponentialLR", "init_args": {"gamma": 0.5}}
+DECAY = ("--model.lr_scheduler.init_args.gamma", "0.8")
+ADAPTERS = OTHER_SETTINGS["adapters"]
+
+
+def rates(folder: Path) -> list[float]:
+    """The learning rates of the steps, in order."""
+    return [step["optimizer/lr"] for step in records(folder / "steps")]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "more", "last"),
+    [
+        (None, ("--model.optimizer.init_args.lr", "0.004"), 0.004),
+        (SCHEDULE, ("--model.optimizer.init_args.lr", "0.004"), 0.004 * 0.5**3),
+        (SCHEDULE, DECAY, 0.01 * 0.8**3),
+        (SCHEDULE, ("--model.lr_scheduler", "null"), 0.01),
+        (SCHEDULE, ("--model.optimizer.init_args.weight_decay", "0.3"), 0.01 * 0.5**3),
+        (None, (), 0.01),
+    ],
+)
+def test_what_the_command_line_changes_holds(prepare, run, capfd, schedule, more, last):
+    """The schedule goes on at the step reached, as if it had been so from the start; the rest is as it was."""
+    folder = prepare(steps=2, model={"lr_scheduler": schedule})
+    assert run(*fit(folder)) == 0
+    assert run(*go_on(folder, "--trainer.max_steps", "3", *more)) == 0
+    assert rates(folder)[-1] == pytest.approx(last, rel=1e-9)
+    assert ("Going on with other settings of the optimiser" in capfd.readouterr().out) == bool(more)
+    (group,) = torch.load(newest(folder))["optimizer_states"][0]["param_groups"]
+    assert group["weight_decay"] == (0.3 if "0.3" in more else 0.01)
+    # What was changed is now the run's own, and stays without being said to be new.
+    assert run(*go_on(folder, "--trainer.max_steps", "4", *more)) == 0
+    assert "other settings" not in capfd.readouterr().out
+    factor = {None: 1.0, "null": 1.0, "0.8": 0.8}.get(more[-1] if more else None, 0.5 if schedule else 1.0)
+    assert rates(folder)[-1] == pytest.approx(last * factor, rel=1e-9)
+
+
+@pytest.fixture(scope="module")
+def short(prepare: Prepare) -> Callable[[str], Path]:
+    """The folder of a run of a step, with or without adapters."""
+
+    @cache
+    def short(kind: str) -> Path:
+        folder = prepare(steps=1, model=ADAPTERS if kind == "adapters" else {})
+        weights_only = ("--checkpoint.save_weights_only", "true") if kind == "weights only" else ()
+        finish(folder, "one", *weights_only)
+        return folder
+
+    return short
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "line"),
+    [
+        ("plain", ["--model.optimizer", "torch.optim.SGD"], "model.optimizer torch.optim.sgd.SGD cannot go on with"),
+        ("plain", ["--model.freeze", '["*.embed_tokens.*"]'], "The checkpoint and model.freeze do not agree"),
+        ("plain", ["--model.lora", "peft.LoraConfig"], "The checkpoint and model.lora do not agree"),
+        ("plain", ["--seed_everything", "1"], "a run with seed_everything=0, not 1"),
+        ("adapters", ["--model.lora", "null"], "The checkpoint and model.lora do not agree"),
+        ("adapters", ["--model.lora.init_args.r", "2"], "The checkpoint and model.lora.r do not agree"),
+        ("adapters", ["--model.lora.init_args.lora_alpha", "32"], "trained with other factors"),
+        ("adapters", ["--model.lora.init_args.target_modules", "[q_proj]"], "model.lora do not agree"),
+        ("weights only", [], "holds weights only"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_of_run_is_refused_in_one_line(short, run, capfd, kind, more, line):
+    folder = short(kind)
+    assert run(*go_on(folder, "--trainer.max_steps", "2", *more)) == 2
+    *_, said = capfd.readouterr().err.splitlines()  # before it, bitsandbytes may tell of kernels
+    assert said.startswith("error: ")
+    assert line in said
+    assert steps_of(folder) == [0]
 
 
 # ---- saves that fail ------------------------------------------------------------------------------------------------
@@ -459,7 +644,7 @@ def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare
     state["optimizer_states"][0]["param_groups"].clear()
     torch.save(state, saved)
     before = saved.read_bytes()
-    with pytest.raises(ValueError, match="parameter group"):
+    with pytest.raises(KeyError):
         run(*fit(prepare(), "--ckpt_path", str(saved), "--checkpoint.dirpath", str(saved.parent)))
     assert saved.read_bytes() == before
 

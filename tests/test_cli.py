@@ -4,11 +4,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
+
+from lsm_lightning.__main__ import main as started
+from lsm_lightning.pretrained import load_model
 
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -60,6 +65,44 @@ def test_settings_can_be_given_on_the_command_line(settings, run, built, tmp_pat
 
 def test_a_run_can_do_without_its_progress_line(settings, run, built, tmp_path):
     assert run(*write(settings, tmp_path), "--trainer.enable_progress_bar", "false") == 0
+
+
+# ---- settings that train --------------------------------------------------------------------------------------------
+
+WIDTHS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64": torch.float64, "64-true": torch.float64}
+WIDTHS |= {"32": torch.float32, "bf16-mixed": torch.float32}
+
+
+@pytest.mark.parametrize("precision", WIDTHS)
+def test_every_precision_trains_and_validates(settings, run, tmp_path, precision):
+    """And the weights are of its type; half precision moves weights that larger steps reach."""
+    settings["model"]["optimizer"] = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}
+    settings["summary"] = {"evaluate": False}
+    more = ("--trainer.precision", precision, "--checkpoint.dirpath", str(tmp_path))
+    assert run(*write(settings, tmp_path), *more, "--trainer.val_check_interval", "1") == 0
+    weights = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    before = load_model(settings["model"]["student"], "float32").state_dict()
+    assert {weight.dtype for weight in weights.values()} == {WIDTHS[precision]}
+    changed = [
+        name for name, w in before.items() if not torch.equal(weights[f"student.{name}"], w.to(WIDTHS[precision]))
+    ]
+    assert len(changed) > len(before) / 2
+
+
+# ---- the first seconds ----------------------------------------------------------------------------------------------
+
+
+class Interrupted(ModuleType):
+    """A module during whose import Ctrl-C is pressed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_ctrl_c_during_the_imports_is_told_in_one_line(monkeypatch, capfd):
+    monkeypatch.setitem(sys.modules, "lsm_lightning.cli", Interrupted("lsm_lightning.cli"))
+    assert started() == 130
+    assert capfd.readouterr().err == "Interrupted before training began; nothing to save.\n"
 
 
 # ---- mistakes -------------------------------------------------------------------------------------------------------

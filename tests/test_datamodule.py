@@ -69,7 +69,7 @@ def test_runs_of_other_seeds_draw_other_problems():
 def test_a_pattern_of_tasks_is_followed():
     data = module(schedule=Repeating(["math", "math", "echo"]))
     assert [data.batch(step).task for step in range(6)] == ["math", "math", "echo"] * 2
-    assert data.batch(3).indices == range(12, 18)
+    assert data.batch(3).indices == tuple(range(12, 18))
 
 
 # ---- where a run stands ---------------------------------------------------------------------------------------------

@@ -245,7 +245,10 @@ def test_mixed_precision_keeps_copies_of_the_weights_and_halves_activations(comm
     assert copies == pytest.approx(layers / 2, rel=0.05)
     assert "weights in the compute type" not in phase(full, "update").bytes
     assert phase(mixed, "update").bytes["activations"] < phase(full, "update").bytes["activations"]
-    true = planned(trainer={"precision": "bf16-true"})
+    true, double = (planned(trainer={"precision": name}) for name in ("bf16-true", "64"))
+    assert phase(double, "load").bytes["student weights"] == pytest.approx(
+        2 * phase(full, "load").bytes["student weights"], rel=0.01
+    )
     assert 2 * phase(true, "load").bytes["student weights"] == pytest.approx(
         phase(full, "load").bytes["student weights"], rel=0.01
     )

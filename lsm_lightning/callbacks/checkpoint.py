@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from lsm_lightning.callbacks import atomic
 from lsm_lightning.callbacks.signals import Stopped, StopSignals
-from lsm_lightning.checkpoints import load
+from lsm_lightning.checkpoints import load, point
 from lsm_lightning.errors import CheckpointError, TrainingDivergedError
 
 
@@ -26,7 +26,10 @@ class Checkpoint(ModelCheckpoint):
     has ruined is not saved.
     """
 
+    folder: Path | None = None
+    """Of the run, where it is noted where the last checkpoint lies; the command line sets it."""
     _training = False
+    _pointed: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Write straight to the disk, where the user has not chosen another way."""
@@ -87,11 +90,17 @@ class Checkpoint(ModelCheckpoint):
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
             _together(trainer, place, lambda: _prepare(place) if first else None)
             _together(trainer, place, lambda: trainer.strategy.save_checkpoint(checkpoint, atomic.partial(place)))
-            _together(trainer, place, lambda: atomic.publish(place) if first else None)
+            _together(trainer, place, lambda: self._publish(place) if first else None)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if first else ():
             logger.after_save_checkpoint(proxy(self))
+
+    def _publish(self, place: Path) -> None:
+        atomic.publish(place)
+        if self.folder is not None and self._pointed != place:
+            point(self.folder, place)
+            self._pointed = place
 
     @staticmethod
     def _link_checkpoint(trainer: Trainer, filepath: str, linkpath: str) -> None:

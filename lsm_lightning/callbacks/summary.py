@@ -121,7 +121,7 @@ class RunSummary(Callback):
         console = Console(soft_wrap=True)
         if after:
             console.print(_table(self.before, after, self.teacher))
-        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or "none"
+        checkpoint = getattr(trainer.checkpoint_callback, "last_model_path", "") or trainer.ckpt_path or "none"
         console.print(
             f"{trainer.global_step} steps in {self.seconds:.0f} s\n"
             f"student      {log_folder / 'student'}  (transformers format)\n"

@@ -138,7 +138,7 @@ def machine_of(trainer: Mapping[str, Any]) -> Machine:
         raise ConfigurationError(
             f"A plan knows one process, DDP and ModelParallelStrategy, not trainer.strategy={strategy!r}: choose one."
         )
-    precision = {None: "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed"}
+    precision = {None: "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
     chosen = trainer.get("precision")
     chosen = None if chosen is None else str(chosen)
     return Machine(processes=processes, shards=shards, precision=precision.get(chosen, chosen or ""), gpu=on_gpu)
