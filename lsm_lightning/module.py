@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from peft import LoraConfig
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
@@ -44,7 +44,7 @@ from lsm_lightning.random_states import RandomStates, random_states, restore_ran
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
-from lsm_lightning.sharding import load_sharded
+from lsm_lightning.sharding import load_sharded, shards_of
 from lsm_lightning.student import (
     adapt,
     checkpoint_activations,
@@ -205,13 +205,8 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 "precision=16-mixed scales gradients before they are clipped here: use bf16-mixed or 32-true."
             )
-        if self.device_mesh is not None and (split := self.device_mesh["tensor_parallel"].size()) > 1:
-            # Nothing would fail: the members of such a group would each train a student of their own.
-            raise ConfigurationError(
-                f"trainer.strategy: tensor_parallel_size={split} ('auto' takes all devices of a node), but the student "
-                f"can only be sharded by data parallelism: set data_parallel_size={self.trainer.world_size} and "
-                "tensor_parallel_size=1."
-            )
+        if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
+            shards_of(strategy, nodes=self.trainer.num_nodes, devices=self.trainer.num_devices)
         check_model(self.student_name)
         for teacher in self.teachers.values():
             teacher.check()

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from peft import LoraConfig
 from tiny import save_tiny
 from torch import nn
@@ -366,6 +366,10 @@ def test_a_class_of_ones_own_cannot_be_planned(planned):
         ({}, 1, 1),
         ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, 6, 1),
         ({"devices": [0, 1]}, 2, 1),
+        ({"devices": "0,2,3"}, 3, 1),
+        ({"devices": "1,"}, 1, 1),
+        ({"strategy": "single_device"}, 1, 1),
+        ({"strategy": SingleDeviceStrategy("cpu")}, 1, 1),
         ({"devices": 8, "strategy": ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1)}, 8, 8),
     ],
 )
