@@ -31,6 +31,7 @@ from lsm_lightning.masks import LossMask, MaskPolicy, loss_mask
 from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.head import check_head
+from lsm_lightning.optimizers import check_step, make_optimizer, make_schedule
 from lsm_lightning.pretrained import (
     DType,
     check_model,
@@ -97,7 +98,10 @@ class OnPolicyDistillation(LightningModule):
         reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks. A step has one task here, so
             that tasks, each with its own steps, count alike anyway, and `task_mean` is `token_mean`.
         optimizer: Called with the student's parameters.
-        lr_scheduler: Called with the optimizer; stepped once a training step.
+        lr_scheduler: Called with the optimizer; stepped once a training step. Besides torch's there is
+            `lsm_lightning.learning_rates.WarmupCosine`.
+        no_decay: Shell patterns of names of the student's weights that weight decay leaves alone, such as `*norm*`, and
+            `*.bias` where it has some.
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
             and speed, not the result.
         packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
@@ -130,6 +134,7 @@ class OnPolicyDistillation(LightningModule):
         reduction: Reduction = "token_mean",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
+        no_decay: list[str] = [],  # noqa: B006 - never changed; the command line shows it
         micro_batch_tokens: int = 16384,
         packing: bool = False,
         gradient_clip: float = 1.0,
@@ -159,6 +164,7 @@ class OnPolicyDistillation(LightningModule):
         self.reduction: Reduction = reduction
         self.optimizer_of = optimizer
         self.lr_scheduler_of = lr_scheduler
+        self.no_decay = no_decay
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing
         self.gradient_clip = gradient_clip
@@ -189,8 +195,9 @@ class OnPolicyDistillation(LightningModule):
         """Check, before anything heavy is loaded, that tasks and teachers match and that the models can be found.
 
         Raises:
-            ConfigurationError: A task has no teacher, a teacher no task, a model or tokenizer is not usable, or the
-                strategy splits the student in a way that is not done here.
+            ConfigurationError: A task has no teacher, a teacher no task, a model or tokenizer is not usable, the
+                optimizer or its schedule cannot make a step, or the strategy splits the student in a way that is not
+                done here.
         """
         tasks = self._data.tasks
         if missing := sorted(tasks.keys() - self.teachers.keys()):
@@ -207,6 +214,9 @@ class OnPolicyDistillation(LightningModule):
             )
         if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
             shards_of(strategy, nodes=self.trainer.num_nodes, devices=self.trainer.num_devices)
+        if stage == "fit":
+            device = self.trainer.strategy.root_device
+            check_step(self.optimizer_of, self.lr_scheduler_of, device=device, max_steps=self.trainer.max_steps)
         check_model(self.student_name)
         for teacher in self.teachers.values():
             teacher.check()
@@ -274,11 +284,10 @@ class OnPolicyDistillation(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, and its schedule."""
-        try:
-            optimizer = self.optimizer_of(p for p in self.student.parameters() if p.requires_grad)
-        except ValueError as error:
-            raise ConfigurationError(f"model.optimizer: {error}") from error
-        return optimizer if self.lr_scheduler_of is None else ([optimizer], [self.lr_scheduler_of(optimizer)])
+        optimizer = make_optimizer(self.optimizer_of, self.student, self.no_decay)
+        if self.lr_scheduler_of is None:
+            return optimizer
+        return [optimizer], [make_schedule(self.lr_scheduler_of, optimizer, max_steps=self.trainer.max_steps)]
 
     def on_train_start(self) -> None:
         """Let random numbers go on where the checkpoint stood; what has been set up since has drawn some."""

@@ -15,8 +15,9 @@ from transformers import AutoConfig
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.optimizers import check_step
 from lsm_lightning.planning.hardware import Device, cpu, gpu
-from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, rehearse
+from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse
 from lsm_lightning.pretrained import check_model, locate
 from lsm_lightning.rollout import LocalEngine
 from lsm_lightning.sharding import shards_of
@@ -102,6 +103,10 @@ def plan(
         ConfigurationError: A model cannot be read, or an answer does not fit into the student's context.
     """
     machine = machine_of(trainer)
+    check_step(
+        optimizer_of(module, machine), module.lr_scheduler_of, device=torch.device("cpu"),
+        max_steps=trainer.get("max_steps", -1),
+    )  # fmt: skip
     half = machine.precision.startswith(("bf16", "16"))
     rates = {
         "flops": None if tflops is None else tflops * 1e12,

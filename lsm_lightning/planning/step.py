@@ -12,6 +12,7 @@ No formula here knows an architecture. What is assumed instead:
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import Positions, head
 from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
+from lsm_lightning.optimizers import MakeOptimizer, make_optimizer
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
@@ -158,6 +160,21 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
     return step.result
 
 
+def optimizer_of(module: OnPolicyDistillation, machine: Machine) -> MakeOptimizer:
+    """Makes the module's optimizer as it would be on the machine, for tensors that lie on a CPU."""
+
+    def make(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        optimizer = module.optimizer_of(parameters)
+        for group in optimizer.param_groups if machine.gpu else ():
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # what torch chooses there
+            if group.get("capturable"):
+                group["capturable"] = False  # refused on a CPU, and changes where the step counter lies
+        return optimizer
+
+    return make
+
+
 class _Step:
     """The state of a rehearsal: models, optimizer, and what was found so far."""
 
@@ -213,12 +230,9 @@ class _Step:
 
     def first_optimiser_step(self) -> None:
         """Makes the optimizer's state, which is there in every later step."""
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         self._make_gradients()
-        self.optimizer = self.module.optimizer_of(trained)
-        for group in self.optimizer.param_groups:
-            if self.machine.gpu and "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                group["foreach"] = True  # what torch chooses there
+        make = optimizer_of(self.module, self.machine)
+        self.optimizer = make_optimizer(make, self.student, self.module.no_decay)
         with self.watch.label("optimiser state"):
             self.optimizer.step()
         self.optimizer.zero_grad()
