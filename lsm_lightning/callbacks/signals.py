@@ -116,11 +116,8 @@ class StopSignals(Callback):
             raise Stopped(signum)
         if self._trainer is not None and self._trainer.is_global_zero:
             name = signal.Signals(signum).name
-            # Not print: the handler may have interrupted one.
-            os.write(
-                2,
-                f"{name}: stopping at the end of this step or evaluation; Ctrl-C stops at once, without saving.\n".encode(),
-            )
+            told = f"{name}: stopping at the end of this step or evaluation; Ctrl-C stops at once, without saving.\n"
+            os.write(2, told.encode())  # not print: the handler may have interrupted one
 
     def _die(self) -> None:
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None

@@ -8,6 +8,8 @@ No formula here knows an architecture. What is assumed instead:
 - Kernels need no memory of their own, and an allocator loses none (on a CPU, glibc's may hold back half as much again
   unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted.
 - Packing is planned as padding: the tokens are as many.
+- Quantised weights take their bits and their scales, and the whole weight of a layer while it runs; what else the
+  kernels of bitsandbytes need, and the time to unpack, is not counted.
 """
 
 import math
@@ -28,6 +30,7 @@ from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import Positions, head
 from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
 from lsm_lightning.optimizers import MakeOptimizer, make_optimizer
+from lsm_lightning.planning.quantised import quantise
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
@@ -121,6 +124,8 @@ class Rehearsal:
     phases: list[Phase] = field(default_factory=list)
     parameters: int = 0
     """Of the student."""
+    quantised: int = 0
+    """Of these, kept in 4 or 8 bits."""
     logits_never_made: int = 0
     """Bytes of a micro-batch's float32 logits over the vocabulary and of their gradient."""
     host: int = 0
@@ -140,8 +145,8 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of another kind than
             those that run in this process.
     """
-    if module.quantization is not None:
-        raise ConfigurationError("A plan does not know model.quantization: leave it out, and what it saves with it.")
+    if module.quantization is not None and machine.shards > 1:
+        raise ConfigurationError("model.quantization: quantised weights cannot be sharded; use the strategy ddp.")
     others: list[Engine | Teacher] = [] if isinstance(module.engine, LocalEngine) else [module.engine]
     others += [teacher for teacher in module.teachers.values() if not isinstance(teacher, LocalTeacher)]
     if others:
@@ -187,7 +192,9 @@ class _Step:
             dtype = machine.compute or own if self._sharded else own
             # peft moves fresh adapters to where they are; fake tensors cannot even stay in a module that is moved.
             with patch.object(nn.Module, "to", lambda moved, *_, **__: moved):
-                student = module.prepared(_model(module.student_name, dtype).train())
+                student = _model(module.student_name, dtype).train()
+                quantised = 0 if module.quantization is None else quantise(student, module.quantization)
+                module.prepared(student)
         watch.weights(student)
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -199,7 +206,8 @@ class _Step:
         self.teachers: dict[str, PreTrainedModel] = {}
         self.teacher_bytes: dict[str, int] = {}
         host = watch.live["student weights"] * own.itemsize // dtype.itemsize
-        self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
+        unpacked = sum(p.numel() for p in self.student.parameters() if p.is_floating_point())
+        self.result = Rehearsal(parameters=unpacked + quantised, quantised=quantised, host=host)
         for name, teacher in module.teachers.items():
             assert isinstance(teacher, LocalTeacher)
             before = watch.live["teachers' weights"]
