@@ -12,7 +12,7 @@ import subprocess
 import sys
 import warnings
 from argparse import RawDescriptionHelpFormatter, RawTextHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +24,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from lsm_lightning import checkpoints
@@ -34,9 +35,7 @@ from lsm_lightning.export import export
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.planning.command import tell_plan
 from lsm_lightning.pretrained import DType
-
-LIGHTNINGS_NAMES = ("best", "hpc", "registry")
-"""Of checkpoints, for Lightning to find."""
+from lsm_lightning.sharding import shards_of
 
 
 class Parser(LightningArgumentParser):
@@ -140,7 +139,7 @@ class CLI(LightningCLI):
         """Have the model look at the checkpoint that is gone on from, and tell where the run stands."""
         path = self._get(self.config, "ckpt_path")
         told = self._nothing_found
-        if path is not None and str(path) not in LIGHTNINGS_NAMES:
+        if path is not None:
             state = checkpoints.read_state(Path(path))
             training = self.subcommand == "fit"
             self.model.go_on_from(state, training=training)
@@ -155,13 +154,19 @@ class CLI(LightningCLI):
     def plan(self, **kwargs: Any) -> None:
         """Tell where memory and time will go."""
         evaluate = self._get(self.config_init, "summary").evaluate
-        tell_plan(trainer=self._get(self.config_init, "trainer").as_dict(), evaluate=evaluate, **kwargs)
+        trainer = self._get(self.config_init, "trainer").as_dict()
+        _check_trainer(trainer)
+        tell_plan(trainer=trainer, evaluate=evaluate, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         """Leave out callbacks that are switched off, which Lightning would refuse, and log into the run's folder.
 
         A probe leaves nothing behind.
+
+        Raises:
+            ConfigurationError: There is no such trainer, or none here.
         """
+        _check_trainer(config)
         if self.subcommand == "probe":
             self.save_config_callback = None
             config |= {"logger": False, "enable_progress_bar": False, "enable_checkpointing": False, "callbacks": None}
@@ -179,19 +184,29 @@ class CLI(LightningCLI):
             config["logger"] = TensorBoardLogger(_run_folder(config.get("default_root_dir")), name=None, flush_secs=10)
         if config.get("profiler") is None:
             config["profiler"] = Timeline()
-        return super()._instantiate_trainer(config, callbacks)
+        try:
+            trainer = super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError, RuntimeError, ImportError) as error:  # as Lightning tells a wrong setting
+            raise ConfigurationError(f"trainer: {_one_line(str(error))}") from error
+        if isinstance(strategy := trainer.strategy, ModelParallelStrategy):  # before it meets the other processes
+            shards_of(strategy, nodes=trainer.num_nodes, devices=trainer.num_devices)
+        return trainer
 
     def _parse_ckpt_path(self) -> None:
         """Find and look at the checkpoint before anything is loaded. Lightning's own way would let hyperparameters
         stored in it override the command line.
 
         Raises:
-            ConfigurationError: There is none, or it is not whole.
+            ConfigurationError: There is none, it is not whole, or Lightning would look for it where none is kept.
         """
         if not self.config.get("subcommand"):
             return
         config = self.config[self.config.subcommand]
         path = config.get("ckpt_path")
+        if str(path) in ("best", "hpc", "registry"):
+            raise ConfigurationError(
+                f"ckpt_path: {path}: no checkpoint goes by that name here. Use last, auto, or the path of one."
+            )
         if str(path) in ("last", "auto"):
             folder = Path(
                 config.get("checkpoint", {}).get("dirpath") or _run_folder(config["trainer"].get("default_root_dir"))
@@ -205,7 +220,7 @@ class CLI(LightningCLI):
             if found is None:
                 self._nothing_found = f"No checkpoint below '{folder}': starting anew."
             path = config["ckpt_path"] = found and str(found)
-        if path is not None and str(path) not in LIGHTNINGS_NAMES:
+        if path is not None:
             # By one process of a node; srun does not set what other launchers do.
             local_rank = os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID", "0")
             checkpoints.check(Path(path), every_byte=local_rank == "0")
@@ -285,6 +300,14 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     # The data module deals out problems to processes itself.
     "use_distributed_sampler": False,
 }
+
+
+NOT_HERE = {
+    "barebones": "progress, summary and checkpoints belong to every run; switch off what you can do without",
+    "check_val_every_n_epoch": "there are no epochs; use trainer.val_check_interval, which counts steps",
+    "overfit_batches": "a step is no batch of a data set; give a task of few problems",
+}
+"""Settings of the trainer that a run would fail with later, and what to do."""
 
 
 PROBE = """\
@@ -432,6 +455,19 @@ def _seed(value: bool | int) -> int:
     if int(value) < 0:
         raise ConfigurationError(f"seed_everything={value}: use 0 or a positive number.")
     return int(value)
+
+
+def _check_trainer(settings: Mapping[str, Any]) -> None:
+    """Refuse what no device could run.
+
+    Raises:
+        ConfigurationError: A setting is none for these runs.
+    """
+    for name, advice in NOT_HERE.items():
+        if value := settings.get(name):
+            raise ConfigurationError(f"trainer.{name}={value}: {advice}.")
+    if settings.get("val_check_interval") == 0:
+        raise ConfigurationError("trainer.val_check_interval=0: give a number of steps; the default validates never.")
 
 
 def _run_folder(default_root_dir: Any) -> str:

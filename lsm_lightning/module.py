@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.profilers import Profiler
-from lightning.pytorch.strategies import ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from peft import LoraConfig
 from torch import Tensor
@@ -35,6 +35,7 @@ from lsm_lightning.metrics import SuccessRate, global_means
 from lsm_lightning.objectives import LocalSupportMatching, Objective
 from lsm_lightning.objectives.base import SAMPLER_GAP
 from lsm_lightning.objectives.head import check_head
+from lsm_lightning.optimizers import check_step, make_optimizer, make_schedule
 from lsm_lightning.pretrained import (
     DType,
     check_model,
@@ -48,7 +49,7 @@ from lsm_lightning.random_states import RandomStates, random_states, restore_ran
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
-from lsm_lightning.sharding import load_sharded
+from lsm_lightning.sharding import load_sharded, shards_of
 from lsm_lightning.student import (
     adapt,
     check_lora,
@@ -115,7 +116,10 @@ class OnPolicyDistillation(LightningModule):
         reduction: What counts alike in a step's loss: tokens, sequences (turns) or tasks. A step has one task here, so
             that tasks, each with its own steps, count alike anyway, and `task_mean` is `token_mean`.
         optimizer: Called with the student's parameters.
-        lr_scheduler: Called with the optimizer; stepped once a training step.
+        lr_scheduler: Called with the optimizer; stepped once a training step. Besides torch's there is
+            `lsm_lightning.learning_rates.WarmupCosine`.
+        no_decay: Shell patterns of names of the student's weights that weight decay leaves alone, such as `*norm*`, and
+            `*.bias` where it has some.
         micro_batch_tokens: Tokens (prompt, response and padding) that go through the student together; changes memory
             and speed, not the result.
         packing: Lay the sequences of a micro-batch in one row, without padding; changes memory and speed only. Pays
@@ -152,6 +156,7 @@ class OnPolicyDistillation(LightningModule):
         reduction: Reduction = "token_mean",
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=2e-6, weight_decay=0.01),
         lr_scheduler: LRSchedulerCallable | None = None,
+        no_decay: list[str] = [],  # noqa: B006 - never changed; the command line shows it
         micro_batch_tokens: int = 16384,
         packing: bool = False,
         gradient_clip: float = 1.0,
@@ -184,6 +189,7 @@ class OnPolicyDistillation(LightningModule):
         self.reduction: Reduction = reduction
         self.optimizer_of = optimizer
         self.lr_scheduler_of = lr_scheduler
+        self.no_decay = no_decay
         self.micro_batch_tokens = micro_batch_tokens
         self.packing = packing
         self.gradient_clip = gradient_clip
@@ -221,8 +227,9 @@ class OnPolicyDistillation(LightningModule):
         """Check, before anything heavy is loaded, that tasks and teachers match and that the models can be found.
 
         Raises:
-            ConfigurationError: A task has no teacher, a teacher no task, a model or tokenizer is not usable, or the
-                strategy splits the student in a way that is not done here.
+            ConfigurationError: A task has no teacher, a teacher no task, a model or tokenizer is not usable, the
+                optimizer or its schedule cannot make a step, or the strategy splits the student in a way that is not
+                done here.
         """
         tasks = self._data.tasks
         if missing := sorted(tasks.keys() - self.teachers.keys()):
@@ -237,13 +244,11 @@ class OnPolicyDistillation(LightningModule):
             raise ConfigurationError(
                 "precision=16-mixed scales gradients before they are clipped here: use bf16-mixed or 32-true."
             )
-        if self.device_mesh is not None and (split := self.device_mesh["tensor_parallel"].size()) > 1:
-            # Nothing would fail: the members of such a group would each train a student of their own.
-            raise ConfigurationError(
-                f"trainer.strategy: tensor_parallel_size={split} ('auto' takes all devices of a node), but the student "
-                f"can only be sharded by data parallelism: set data_parallel_size={self.trainer.world_size} and "
-                "tensor_parallel_size=1."
-            )
+        if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
+            shards_of(strategy, nodes=self.trainer.num_nodes, devices=self.trainer.num_devices)
+        if stage == "fit":
+            device = self.trainer.strategy.root_device
+            check_step(self.optimizer_of, self.lr_scheduler_of, device=device, max_steps=self.trainer.max_steps)
         check_model(self.student_name)
         for teacher in self.teachers.values():
             teacher.check()
@@ -314,12 +319,11 @@ class OnPolicyDistillation(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer over the student, and its schedule; they stand where a checkpoint is gone on from."""
-        try:
-            optimizer = self.optimizer_of(p for p in self.student.parameters() if p.requires_grad)
-        except ValueError as error:
-            raise ConfigurationError(f"model.optimizer: {error}") from error
+        optimizer = make_optimizer(self.optimizer_of, self.student, self.no_decay)
         self._optimizer_note = resuming.of_optimizer(optimizer, self)
-        scheduler = None if self.lr_scheduler_of is None else self.lr_scheduler_of(optimizer)
+        scheduler = None
+        if self.lr_scheduler_of is not None:
+            scheduler = make_schedule(self.lr_scheduler_of, optimizer, max_steps=self.trainer.max_steps)
         self._optimizer_note |= resuming.of_schedule(scheduler)
         if self._continued is not None:
             self._prepare_restoring(optimizer, scheduler)

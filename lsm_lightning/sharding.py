@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
@@ -20,6 +21,34 @@ class _Told:
 
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, Tensor]
+
+
+def shards_of(strategy: ModelParallelStrategy, *, nodes: int, devices: int) -> int:
+    """Over how many processes the strategy spreads a model.
+
+    Args:
+        strategy: Of the trainer, set up or not.
+        nodes: Of the run.
+        devices: Of a node.
+
+    Raises:
+        ConfigurationError: Its sizes are not those of the run, or it splits otherwise than by data parallelism.
+    """
+    split, size, processes = strategy._tensor_parallel_size, strategy._data_parallel_size, nodes * devices
+    split = devices if split == "auto" else int(split)
+    size = nodes if size == "auto" else int(size)
+    if split > 1:
+        # Nothing would fail: the members of such a group would each train a student of their own.
+        raise ConfigurationError(
+            f"trainer.strategy: tensor_parallel_size={split} ('auto' takes all devices of a node), but the student "
+            f"can only be sharded by data parallelism: set data_parallel_size={processes} and tensor_parallel_size=1."
+        )
+    if size != processes:
+        raise ConfigurationError(
+            f"trainer.strategy: data_parallel_size={size}, but {nodes} x {devices} processes (trainer.num_nodes x "
+            f"trainer.devices): set it to {processes}, or those to what makes {size}."
+        )
+    return size
 
 
 def load_sharded(

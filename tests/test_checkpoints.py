@@ -715,6 +715,33 @@ def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypat
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
+def test_several_processes_stop_within_a_validation(prepare, run, monkeypatch):
+    """One process, told that it is not alone: it may not stop at any moment, but need not finish all tasks."""
+    begin, validate, validated = StopSignals.on_train_start, OnPolicyDistillation.validation_step, []
+
+    def together(self: StopSignals, *arguments: Any) -> None:
+        begin(self, *arguments)
+        self._together = True
+
+    def interrupted(self: OnPolicyDistillation, batch: Any, batch_idx: int) -> None:
+        validated.append(batch.task)
+        if len(validated) == 3:
+            signal.raise_signal(signal.SIGTERM)
+        validate(self, batch, batch_idx)
+
+    monkeypatch.setattr(StopSignals, "on_train_start", together)
+    monkeypatch.setattr(OnPolicyDistillation, "validation_step", interrupted)
+    folder = prepare()
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    for part in (settings["data"]["tasks"], settings["model"]["teachers"]):
+        part["more"] = part["sums"]
+    settings["trainer"]["val_check_interval"] = 1
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run(*fit(folder)) == STATUS[signal.SIGTERM]
+    assert validated == ["more", "sums", "more"]
+    assert len(steps_of(folder)) == torch.load(newest(folder))["global_step"] == 2
+
+
 def test_a_second_ctrl_c_ends_the_process_at_once(monkeypatch):
     killed: list[int] = []
     monkeypatch.setattr(StopSignals, "_die", lambda self: killed.append(1))

@@ -289,6 +289,44 @@ def test_a_broken_file_is_named(run, tmp_path, capfd):
     assert_one_error_line(capfd.readouterr().err, "broken.yaml")
 
 
+SHARDED = {"class_path": "lightning.pytorch.strategies.ModelParallelStrategy"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "named"),
+    [
+        ({"strategy": {**SHARDED, "init_args": {"data_parallel_size": 2, "tensor_parallel_size": 1}}}, "size=2"),
+        ({"strategy": SHARDED, "devices": 3}, "tensor_parallel_size=3"),
+        ({"strategy": "model_parallel"}, "model_parallel"),
+        ({"strategy": "fsdp"}, "fsdp"),
+        ({"devices": -1}, "devices"),
+        ({"devices": [0]}, "devices"),
+        ({"devices": 0}, "devices"),
+        ({"num_nodes": 0}, "num_nodes"),
+        ({"accelerator": "tpu"}, ""),
+        ({"precision": "transformer-engine"}, "transformer"),
+        ({"barebones": True}, "barebones"),
+        ({"overfit_batches": 1}, "overfit_batches"),
+        ({"check_val_every_n_epoch": 1}, "val_check_interval"),
+        ({"val_check_interval": 0}, "val_check_interval=0"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_trainer_that_cannot_run_is_told_in_one_line(settings, run, tmp_path, capfd, trainer, named):
+    """A plan refuses what a run would."""
+    settings["trainer"] |= trainer
+    arguments = write(settings, tmp_path)[1:]
+    for command in ("fit", "plan"):
+        assert run(command, *arguments) == 2, command
+        assert_one_error_line(capfd.readouterr().err, named)
+
+
+@pytest.mark.parametrize("name", ["best", "hpc", "registry"])
+def test_lightnings_names_of_checkpoints_are_told_in_one_line(settings, run, tmp_path, capfd, name):
+    assert run(*write(settings, tmp_path), "--ckpt_path", name) == 2
+    assert_one_error_line(capfd.readouterr().err, f"ckpt_path: {name}")
+
+
 # ---- as a program ---------------------------------------------------------------------------------------------------
 
 

@@ -258,7 +258,8 @@ def test_the_script_is_bash_and_asks_slurm_for_a_process_a_gpu():
     lines = SBATCH.read_text().splitlines()
     asked = dict(re.fullmatch(r"#SBATCH --([a-z-]+)=?(.*)", line).groups() for line in lines if "#SBATCH" in line)
     assert asked["ntasks-per-node"] == asked["gpus-per-node"]
-    assert asked["signal"] == "SIGUSR1@300"
+    warning = int(asked["signal"].removeprefix("SIGUSR1@"))
+    assert 3 * 221 <= warning <= 3600  # of the seconds that a plan tells for the longest step of paper_8gpu
     assert "requeue" in asked
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not any("#SBATCH" in line for line in lines[first_command:])  # sbatch would not read them

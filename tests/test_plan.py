@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, SingleDeviceStrategy
 from peft import LoraConfig
 from tiny import save_tiny
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedTokenizerFast, Qwen2Config
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
@@ -28,6 +28,7 @@ from lsm_lightning.planning import Plan, plan
 from lsm_lightning.planning.plan import GIB, USABLE, machine_of
 from lsm_lightning.planning.step import Phase
 from lsm_lightning.planning.watch import Watch
+from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import LocalEngine, VLLMEngine
 from lsm_lightning.serving import Servers
 from lsm_lightning.tasks.base import Episode, Task
@@ -198,6 +199,54 @@ def test_adapters_alone_have_gradients_and_optimiser_state(common, planned):
         assert 0 < phase(made, "optimiser").bytes[kind] < 0.1 * phase(common, "optimiser").bytes[kind]
     more = phase(made, "optimiser").bytes["student weights"] / phase(common, "optimiser").bytes["student weights"]
     assert 1 < more < 1.1
+
+
+QUANTISED = {
+    "4 bits": {"load_in_4bit": True},
+    "twice": {"load_in_4bit": True, "bnb_4bit_use_double_quant": True},
+    "8 bits": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_weights_take_what_those_of_bitsandbytes_take(name, tmp_path, student_tokenizer):
+    settings = BitsAndBytesConfig(**QUANTISED[name])
+    student = save_tiny(tmp_path, student_tokenizer, hidden_size=WIDTH, intermediate_size=160)
+    adapters = LoraConfig(r=2, target_modules=["q_proj"])
+    made = plan_of(student, lora=adapters, quantization=settings)
+    plain = plan_of(student, lora=adapters)
+    loaded = load_model(str(student), "float32", settings)
+    whole = load_model(str(student), "float32")
+    expected = sum(bytes_of(parameter) for parameter in loaded.parameters())
+    saved = sum(parameter.nbytes for parameter in whole.parameters()) - expected
+    assert saved > 0
+    for phase_name in ("load", "rollout", "update"):
+        less = phase(plain, phase_name).bytes["student weights"] - phase(made, phase_name).bytes["student weights"]
+        assert less == saved, phase_name
+    assert made.tasks[0].rehearsal.parameters == plain.tasks[0].rehearsal.parameters
+    assert made.tasks[0].rehearsal.quantised > 0 == plain.tasks[0].rehearsal.quantised
+    # The frozen weights themselves are not kept once more for the backward pass.
+    assert phase(made, "update").bytes["activations"] <= phase(plain, "update").bytes["activations"]
+    assert phase(made, "optimiser").bytes["gradients"] == phase(plain, "optimiser").bytes["gradients"]
+
+
+def bytes_of(parameter: torch.Tensor) -> int:
+    """With the scales of a quantised weight."""
+    size = parameter.nbytes + (parameter.SCB.nbytes if getattr(parameter, "SCB", None) is not None else 0)
+    state = getattr(parameter, "quant_state", None)
+    while state is not None:
+        size, state = size + state.absmax.nbytes, state.state2
+    return size
+
+
+def test_quantised_weights_are_not_sharded(planned):
+    strategy = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    options = {
+        "lora": LoraConfig(r=2, target_modules=["q_proj"]),
+        "quantization": BitsAndBytesConfig(load_in_4bit=True),
+    }
+    with pytest.raises(ConfigurationError, match=r"model\.quantization"):
+        planned(trainer={"devices": 2, "strategy": strategy}, **options)
 
 
 def test_a_teacher_that_is_sharded_or_rests_takes_less(common, planned):
@@ -382,6 +431,10 @@ def test_what_servers_do_is_left_out_and_said(planned, common):
         ({}, 1, 1),
         ({"devices": "2", "num_nodes": 3, "strategy": "ddp"}, 6, 1),
         ({"devices": [0, 1]}, 2, 1),
+        ({"devices": "0,2,3"}, 3, 1),
+        ({"devices": "1,"}, 1, 1),
+        ({"strategy": "single_device"}, 1, 1),
+        ({"strategy": SingleDeviceStrategy("cpu")}, 1, 1),
         ({"devices": 8, "strategy": ModelParallelStrategy(data_parallel_size=8, tensor_parallel_size=1)}, 8, 8),
     ],
 )

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -33,8 +34,8 @@ class StopSignals(Callback):
     """Raises `Stopped` where a run may end after a signal; `Checkpoint` saves then, and calls `end_of_step`.
 
     One process stops at once, but never between the optimiser's step and the end of the training step: what a step
-    changes and what it logs belong together. Several finish their step, agree, and stop together. A second Ctrl-C
-    ends all processes at once and saves nothing.
+    changes and what it logs belong together. Several finish their step, or a task of their validation, agree, and stop
+    together. A second Ctrl-C ends all processes at once and saves nothing.
     """
 
     def __init__(self) -> None:
@@ -91,6 +92,10 @@ class StopSignals(Callback):
         """From here on the step has to be finished."""
         self.hold()
 
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Several processes stop between two tasks too: the rest of a validation and another step may be long."""
+        self.end_of_step(trainer)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """All is saved; what comes now can be left out."""
         self._together = False
@@ -111,8 +116,8 @@ class StopSignals(Callback):
             raise Stopped(signum)
         if self._trainer is not None and self._trainer.is_global_zero:
             name = signal.Signals(signum).name
-            # Not print: the handler may have interrupted one.
-            os.write(2, f"{name}: stopping at the end of this step; Ctrl-C stops at once, without saving.\n".encode())
+            told = f"{name}: stopping at the end of this step or evaluation; Ctrl-C stops at once, without saving.\n"
+            os.write(2, told.encode())  # not print: the handler may have interrupted one
 
     def _die(self) -> None:
         launcher = self._trainer.strategy.launcher if self._trainer is not None else None

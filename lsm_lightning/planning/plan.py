@@ -9,16 +9,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from transformers import AutoConfig
 
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
+from lsm_lightning.optimizers import check_step
 from lsm_lightning.planning.hardware import Device, cpu, gpu
-from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, rehearse, served
+from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
 from lsm_lightning.pretrained import check_model, locate
 from lsm_lightning.rollout import LocalEngine
+from lsm_lightning.sharding import shards_of
 from lsm_lightning.tasks.base import Task
 from lsm_lightning.teacher import LocalTeacher
 
@@ -103,6 +105,10 @@ def plan(
         ConfigurationError: A model cannot be read, or an answer does not fit into the student's context.
     """
     machine = machine_of(trainer)
+    check_step(
+        optimizer_of(module, machine), module.lr_scheduler_of, device=torch.device("cpu"),
+        max_steps=trainer.get("max_steps", -1),
+    )  # fmt: skip
     half = machine.precision.startswith(("bf16", "16"))
     rates = {
         "flops": None if tflops is None else tflops * 1e12,
@@ -125,16 +131,26 @@ def plan(
 
 
 def machine_of(trainer: Mapping[str, Any]) -> Machine:
-    """What the trainer's settings come to; nothing is asked of the hardware but whether there is a GPU."""
-    on_gpu = trainer.get("accelerator") in ("gpu", "cuda")
-    if trainer.get("accelerator") in (None, "auto"):
-        on_gpu = torch.cuda.is_available()
-    processes = _devices(trainer, gpu=on_gpu) * int(trainer.get("num_nodes") or 1)
-    strategy, shards = trainer.get("strategy"), 1
+    """What the trainer's settings come to; nothing is asked of the hardware but whether there is a GPU.
+
+    Raises:
+        ConfigurationError: A run would refuse them, or a plan does not know them.
+    """
+    if (asked := str(trainer.get("precision"))) in ("16", "16-mixed") or asked.startswith("transformer-engine"):
+        raise ConfigurationError(f"trainer.precision={asked} is not trained in here: use bf16-mixed or 32-true.")
+    accelerator = trainer.get("accelerator") or "auto"
+    if accelerator not in ("auto", "cpu", "gpu", "cuda"):
+        raise ConfigurationError(f"A plan knows trainer.accelerator=cpu and gpu, not {accelerator!r}: choose one.")
+    on_gpu = accelerator in ("gpu", "cuda") or (accelerator == "auto" and torch.cuda.is_available())
+    devices, nodes = _devices(trainer, gpu=on_gpu), int(trainer.get("num_nodes", 1))
+    if nodes < 1:
+        raise ConfigurationError(f"trainer.num_nodes={nodes}: use a positive number.")
+    strategy, processes, shards = trainer.get("strategy") or "auto", devices * nodes, 1
     if isinstance(strategy, ModelParallelStrategy):
-        size = strategy._data_parallel_size
-        shards = processes if size == "auto" else int(size)
-    elif not (isinstance(strategy, DDPStrategy) or strategy is None or "ddp" in str(strategy) or strategy == "auto"):
+        shards = shards_of(strategy, nodes=nodes, devices=devices)
+    elif isinstance(strategy, SingleDeviceStrategy) or strategy == "single_device":
+        processes = 1
+    elif not (isinstance(strategy, DDPStrategy) or str(strategy).startswith("ddp") or strategy == "auto"):
         raise ConfigurationError(
             f"A plan knows one process, DDP and ModelParallelStrategy, not trainer.strategy={strategy!r}: choose one."
         )
@@ -145,12 +161,24 @@ def machine_of(trainer: Mapping[str, Any]) -> Machine:
 
 
 def _devices(trainer: Mapping[str, Any], *, gpu: bool) -> int:
+    """Of a node, counted as Lightning does.
+
+    Raises:
+        ConfigurationError: It would not take them.
+    """
     devices = trainer.get("devices")
-    if isinstance(devices, list):
-        return len(devices)
-    if devices in (None, "auto", -1, "-1"):
+    if devices in (None, "auto"):
         return max(1, torch.cuda.device_count()) if gpu else 1
-    return int(devices) if str(devices).isdigit() else len(str(devices).split(","))
+    text = ",".join(map(str, devices)) + "," if isinstance(devices, list) else str(devices)
+    several = [number for number in text.split(",") if number.strip()]
+    if gpu and text in ("-1", "-1,"):
+        return max(1, torch.cuda.device_count())
+    if gpu and "," in text and several and all(number.strip().isdigit() for number in several):
+        return len(several)
+    if not text.isdigit() or int(text) < 1:
+        ways = "a number of GPUs, a list of them or -1" if gpu else "the number of processes, from 1 on"
+        raise ConfigurationError(f"trainer.devices={devices}: give {ways}.")
+    return int(text)
 
 
 def _lengths(

@@ -22,6 +22,11 @@ def show(plan: Plan, console: Console) -> None:
         f"{machine.processes} process{'es' if machine.processes > 1 else ''}{spread}; each has "
         f"{plan.device.memory / GIB:.1f} GiB ({plan.device.name})"
     )
+    if first.quantised:
+        console.print(
+            f"{first.quantised / 1e6:,.0f} million of them are quantised: counted with their scales, without what the "
+            "kernels of bitsandbytes need besides."
+        )
     for of_task in plan.tasks:
         console.print(_memory(of_task))
         console.print(_time(of_task, machine.processes))

@@ -9,10 +9,13 @@ No formula here knows an architecture. What is assumed instead:
   unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted.
 - Packing is planned as padding: the tokens are as many.
 - What servers do is left out, since they have devices of their own (`served` names it).
+- Quantised weights take their bits and their scales, and the whole weight of a layer while it runs; what else the
+  kernels of bitsandbytes need, and the time to unpack, is not counted.
 """
 
 import math
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -28,6 +31,8 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import Positions, head
 from lsm_lightning.objectives.head import GATHER_ELEMENTS, GATHER_ELEMENTS_GPU, OutputHead
+from lsm_lightning.optimizers import MakeOptimizer, make_optimizer
+from lsm_lightning.planning.quantised import quantise
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import DType, check_model, locate
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling, VLLMEngine
@@ -123,6 +128,8 @@ class Rehearsal:
     phases: list[Phase] = field(default_factory=list)
     parameters: int = 0
     """Of the student."""
+    quantised: int = 0
+    """Of these, kept in 4 or 8 bits."""
     logits_never_made: int = 0
     """Bytes of a micro-batch's float32 logits over the vocabulary and of their gradient."""
     host: int = 0
@@ -141,8 +148,8 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
     Raises:
         ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of an unknown kind.
     """
-    if module.quantization is not None:
-        raise ConfigurationError("A plan does not know model.quantization: leave it out, and what it saves with it.")
+    if module.quantization is not None and machine.shards > 1:
+        raise ConfigurationError("model.quantization: quantised weights cannot be sharded; use the strategy ddp.")
     asked: list[Engine | Teacher] = [module.engine, *module.teachers.values()]
     known = (LocalEngine, LocalTeacher, VLLMEngine, ServedTeacher)
     if others := [type(one).__name__ for one in asked if not isinstance(one, known)]:
@@ -169,6 +176,21 @@ def served(module: OnPolicyDistillation) -> list[str]:
     ]
 
 
+def optimizer_of(module: OnPolicyDistillation, machine: Machine) -> MakeOptimizer:
+    """Makes the module's optimizer as it would be on the machine, for tensors that lie on a CPU."""
+
+    def make(parameters: Iterable[Any]) -> torch.optim.Optimizer:
+        optimizer = module.optimizer_of(parameters)
+        for group in optimizer.param_groups if machine.gpu else ():
+            if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+                group["foreach"] = True  # what torch chooses there
+            if group.get("capturable"):
+                group["capturable"] = False  # refused on a CPU, and changes where the step counter lies
+        return optimizer
+
+    return make
+
+
 class _Step:
     """The state of a rehearsal: models, optimizer, and what was found so far."""
 
@@ -181,7 +203,9 @@ class _Step:
             dtype = machine.compute or own if self._sharded else own
             # peft moves fresh adapters to where they are; fake tensors cannot even stay in a module that is moved.
             with patch.object(nn.Module, "to", lambda moved, *_, **__: moved):
-                student = module.prepared(_model(module.student_name, dtype).train())
+                student = _model(module.student_name, dtype).train()
+                quantised = 0 if module.quantization is None else quantise(student, module.quantization)
+                module.prepared(student)
         watch.weights(student)
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
@@ -193,7 +217,8 @@ class _Step:
         self.teachers: dict[str, PreTrainedModel] = {}
         self.teacher_bytes: dict[str, int] = {}
         host = watch.live["student weights"] * own.itemsize // dtype.itemsize
-        self.result = Rehearsal(parameters=sum(p.numel() for p in self.student.parameters()), host=host)
+        unpacked = sum(p.numel() for p in self.student.parameters() if p.is_floating_point())
+        self.result = Rehearsal(parameters=unpacked + quantised, quantised=quantised, host=host)
         for name, teacher in module.teachers.items():
             if not isinstance(teacher, LocalTeacher):
                 continue
@@ -227,12 +252,9 @@ class _Step:
 
     def first_optimiser_step(self) -> None:
         """Makes the optimizer's state, which is there in every later step."""
-        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
         self._make_gradients()
-        self.optimizer = self.module.optimizer_of(trained)
-        for group in self.optimizer.param_groups:
-            if self.machine.gpu and "foreach" in group and group["foreach"] is None and not group.get("fused"):
-                group["foreach"] = True  # what torch chooses there
+        make = optimizer_of(self.module, self.machine)
+        self.optimizer = make_optimizer(make, self.student, self.module.no_decay)
         with self.watch.label("optimiser state"):
             self.optimizer.step()
         self.optimizer.zero_grad()
