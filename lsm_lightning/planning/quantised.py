@@ -21,7 +21,7 @@ def quantise(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> int:
         How many weights that are.
     """
     kept = HfQuantizer.get_modules_to_not_convert(
-        model, quantization.llm_int8_skip_modules, model._keep_in_fp32_modules
+        model, quantization.llm_int8_skip_modules, sorted(model._keep_in_fp32_modules or ())
     )
     layers = [
         (name, layer)
