@@ -210,6 +210,7 @@ class VLLMEngine(Engine):
 
     def _renew(self, url: str, former: "_Probe | None") -> None:
         """Have a server load the weights, and make sure that it has."""
+        assert self._probe is not None
         bodies: dict[str, dict[str, object]] = {
             "/collective_rpc": {"method": "reload_weights", "kwargs": {"weights_path": str(self._weights)}},
             "/update_weight_version": {"new_version": self._version},
@@ -218,8 +219,9 @@ class VLLMEngine(Engine):
             for path in RENEWAL:
                 body = bodies.get(path, {})
                 self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
-            self._check(url, former)
-            if self._is_present(url):
+            told = self._told(url, self._probe)
+            if self._is_present(url):  # else it has started anew in between
+                self._check(url, told, self._probe, former)
                 return
         raise ServerError(
             f"The server {url} loses the student's weights again and again: does another run use it, or does it start "
@@ -233,11 +235,9 @@ class VLLMEngine(Engine):
         )
         return version == self._version
 
-    def _check(self, url: str, former: "_Probe | None") -> None:
+    def _check(self, url: str, told: Sequence[Mapping[int, float]], probe: "_Probe", former: "_Probe | None") -> None:
         """Compare a server's next tokens with those of the student as it is, and as it was before."""
-        assert self._probe is not None
-        told = self._told(url, self._probe)
-        gap = self._probe.gap(told)
+        gap = probe.gap(told)
         before = torch.inf if former is None else former.gap(told)
         if not gap <= self._limit or before < gap / 2:
             whose = f", and by {before:.2g} nats from those before" if before < gap else ""
