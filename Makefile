@@ -31,8 +31,9 @@ help:
 quickstart: .venv/quickstart-installed
 	$(PY) -m lsm_lightning fit --config configs/quickstart.yaml $(ARGS)
 
+# Two at a time; files stay together, since their tests share models and runs.
 test: lint
-	OMP_NUM_THREADS=1 $(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 
 test-slow: .venv/dev-installed
 	OMP_NUM_THREADS=1 $(PY) -m pytest -m slow

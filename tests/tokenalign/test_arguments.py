@@ -22,6 +22,9 @@ class Wrapped:
 
 
 class OnAnotherDevice:
+    def __repr__(self) -> str:
+        return "ids on another device"
+
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         raise TypeError("copy it to main memory first")
 
