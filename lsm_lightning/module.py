@@ -129,7 +129,8 @@ class OnPolicyDistillation(LightningModule):
         dtype: Of the student's weights. With `trainer.precision` bf16-mixed these stay as they are and the computing is
             done in bfloat16.
         lora: Train low-rank adapters instead of the weights; `lora.r`, `lora.target_modules` and so on are those of
-            `peft.LoraConfig`. The student is written with its adapters merged.
+            `peft.LoraConfig`. The student is written with its adapters merged. Only plain LoRA: what trains anything
+            else (`modules_to_save`, `bias`) or is more than a low-rank sum (`use_dora`) is refused.
         quantization: Keep the frozen weights under `lora` in 4 or 8 bits (QLoRA), as `load_in_4bit: true` and the other
             settings of `transformers.BitsAndBytesConfig` say; needs the package bitsandbytes. Not with sharding. On a
             GPU `load_in_8bit` rounds activations too, which rollouts do not: they differ a little from the student.
@@ -283,6 +284,11 @@ class OnPolicyDistillation(LightningModule):
 
     def _load_student(self) -> PreTrainedModel:
         student = load_model(self.student_name, self.dtype_name, self.quantization)
+        if self.lora is None and getattr(student, "is_quantized", False):
+            raise ConfigurationError(
+                f"model.student: the weights of '{self.student_name}' are quantised, and those cannot be trained; add "
+                "adapters with model.lora, or use weights at full size."
+            )
         check_head(student, self.student_name)
         if self.packing:
             check_packing(student, self.student_name)

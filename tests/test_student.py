@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig
 from slow import even_weights, random_support
 from test_training import assert_identical
@@ -15,7 +16,7 @@ from lsm_lightning.batching import check_packing
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.objectives.head import check_head
-from lsm_lightning.pretrained import load_model
+from lsm_lightning.pretrained import load_model, load_tokenizer
 from lsm_lightning.rollout.local import LocalEngine
 from lsm_lightning.student import (
     PLAIN_LORA,
@@ -248,6 +249,39 @@ def test_rollouts_of_a_quantised_student_are_its_own(precision, turns):
     torch.testing.assert_close(logits(engine._replica), logits(model), rtol=1e-4, atol=1e-4)
     whole = load_model("embedded:student", "float32")
     assert (logits(engine._replica) - logits(whole)).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("precision", ["fp4", "int8"])
+def test_a_quantised_run_leaves_the_student_that_is_exported_from_it(settings, run, tmp_path, precision):
+    """The export has loaded the weights anew."""
+    loaded = as_loaded(precision)
+    settings["model"] |= {"student": "embedded:student", "quantization": PRECISIONS[precision], "mask": "repair"}
+    settings["model"]["lora"] = {"r": 2, "target_modules": ["q_proj"]}
+    settings["model"]["teachers"]["sums"]["init_args"]["path"] = "embedded:math-teacher"
+    settings["trainer"] |= {"logger": True, "devices": 1, "max_steps": 2}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run("fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false") == 0
+    assert run("export", str(tmp_path), "-o", str(tmp_path / "student")) == 0
+    left, exported = (
+        dict(load_model(str(folder), "float32").named_parameters())
+        for folder in (tmp_path / "version_0" / "student", tmp_path / "student")
+    )
+    assert_identical(exported, left)
+    changed = {name for name in loaded if not torch.equal(left[name], loaded[name])}
+    assert changed == {name for name in loaded if "q_proj" in name}
+    assert all(torch.allclose(left[name], loaded[name], rtol=0, atol=1e-4) for name in loaded)
+
+
+def test_a_student_that_comes_quantised_trains_adapters_only(settings, run, tmp_path, capfd):
+    quantised("nf4").save_pretrained(tmp_path / "base")
+    load_tokenizer("embedded:student").save_pretrained(tmp_path / "base")
+    settings["model"] |= {"student": str(tmp_path / "base"), "mask": "repair"}
+    settings["model"]["teachers"]["sums"]["init_args"]["path"] = "embedded:math-teacher"
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(settings))
+    arguments = ["fit", "--config", str(tmp_path / "run.yaml"), "--summary.evaluate", "false"]
+    assert run(*arguments) == 2
+    assert "quantised, and those cannot be trained; add adapters" in capfd.readouterr().err
+    assert run(*arguments, "--model.lora.target_modules", "[q_proj]") == 0
 
 
 @pytest.mark.parametrize("precision", ["nf4", "int8"])
