@@ -443,6 +443,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",  # so it does when a run is resumed
         ".*The dirpath has changed from.*",  # a resumed run logs into a folder of its own
         ".*AFTER optimization.*",  # as it should be: a checkpoint follows its step
+        ".*It is recommended to use `self.log.*sync_dist=True.*",  # an evaluation's numbers are those of all processes
         ".*your dataloader is not resumable.*",  # the data module keeps the position
         ".*`is_gradient_checkpointing` is deprecated.*",  # peft's business
         ".*`loftq_config` specified but will be ignored.*",  # by the default of peft's own settings

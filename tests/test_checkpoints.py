@@ -691,14 +691,15 @@ def test_a_signal_costs_nothing_wherever_it_comes(prepare, whole, run, monkeypat
         "validation": (OnPolicyDistillation, "validation_step"),
     }[place]
     right, calls = getattr(owner, name), []
+    second = 3 if place == "optimiser" else 2  # the first step of an optimiser is a trial
     more = ["--trainer.val_check_interval", "1"] if place == "validation" else []
 
     def interrupted(*arguments: Any, **options: Any) -> Any:
         calls.append(1)
-        if len(calls) == 2 and place != "optimiser":
+        if len(calls) == second and place != "optimiser":
             signal.raise_signal(signum)
         done = right(*arguments, **options)
-        if len(calls) == 2 and place == "optimiser":
+        if len(calls) == second and place == "optimiser":
             signal.raise_signal(signum)
         return done
 
