@@ -20,14 +20,8 @@ def quantise(model: PreTrainedModel, quantization: BitsAndBytesConfig) -> int:
     Returns:
         How many weights that are.
     """
-<<<<<<< HEAD
-    kept = HfQuantizer.get_modules_to_not_convert(
-        model, quantization.llm_int8_skip_modules, sorted(model._keep_in_fp32_modules or ())
-    )
-=======
     whole = list(model._keep_in_fp32_modules or ())
     kept = HfQuantizer.get_modules_to_not_convert(model, quantization.llm_int8_skip_modules, whole)
->>>>>>> f3
     layers = [
         (name, layer)
         for name, layer in model.named_modules()
