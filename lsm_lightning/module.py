@@ -403,11 +403,12 @@ class OnPolicyDistillation(LightningModule):
         with clock.phase("mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
             keep = kept(mask, support, sampled=self.objective.compares_sampled)
+        rate = self.trainer.optimizers[0].param_groups[0]["lr"]
         with clock.phase("update"):
             totals, gradient_norm = self.update(
                 batch.task, turns, support, keep, groups, done=lambda: self._advance(batch)
             )
-        return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, clock.seconds)
+        return self._log_step(batch.task, trajectories, mask, support, totals, gradient_norm, rate, clock.seconds)
 
     def _advance(self, batch: StepBatch) -> None:
         """A checkpoint from here on resumes after this step; one from before repeats it, with its random numbers."""
@@ -617,6 +618,7 @@ class OnPolicyDistillation(LightningModule):
         support: Support,
         totals: StepTotals,
         gradient_norm: float,
+        rate: float,
         seconds: dict[str, float],
     ) -> dict[str, float]:
         """Log `task/group/name` numbers, each a mean over all processes."""
@@ -648,7 +650,7 @@ class OnPolicyDistillation(LightningModule):
         largest = self._over_processes(torch.tensor(totals.largest_sampler_gap), "max")
         metrics[f"{task}/train/sampler_gap_max"] = float(largest)
         self._watch_sampler(metrics.get(f"{task}/train/{SAMPLER_GAP}", 0.0))
-        metrics["optimizer/lr"] = self.trainer.optimizers[0].param_groups[0]["lr"]
+        metrics["optimizer/lr"] = rate
         self.log_dict(metrics, batch_size=1, logger=False)
         # Past Lightning's logging, which would repeat the other tasks' last values at this step.
         for logger in self.loggers:

@@ -508,10 +508,10 @@ def rates(folder: Path) -> list[float]:
     ("schedule", "more", "last"),
     [
         (None, ("--model.optimizer.init_args.lr", "0.004"), 0.004),
-        (SCHEDULE, ("--model.optimizer.init_args.lr", "0.004"), 0.004 * 0.5**3),
-        (SCHEDULE, DECAY, 0.01 * 0.8**3),
+        (SCHEDULE, ("--model.optimizer.init_args.lr", "0.004"), 0.004 * 0.5**2),
+        (SCHEDULE, DECAY, 0.01 * 0.8**2),
         (SCHEDULE, ("--model.lr_scheduler", "null"), 0.01),
-        (SCHEDULE, ("--model.optimizer.init_args.weight_decay", "0.3"), 0.01 * 0.5**3),
+        (SCHEDULE, ("--model.optimizer.init_args.weight_decay", "0.3"), 0.01 * 0.5**2),
         (None, (), 0.01),
     ],
 )

@@ -200,6 +200,6 @@ def test_a_run_follows_its_schedule(settings, run, tmp_path):
     (path,) = tmp_path.rglob("metrics.csv")
     told = [float(row["optimizer/lr"]) for row in csv.DictReader(path.read_text().splitlines()) if row["optimizer/lr"]]
     half_way = 0.5 + 0.5 * (1 + math.cos(math.pi / 2)) / 2
-    assert told == pytest.approx([2e-4, 3e-4, half_way * 3e-4, 1.5e-4])  # each after its step
+    assert told == pytest.approx([1e-4, 2e-4, 3e-4, half_way * 3e-4])
     state = torch.load(Path(path.parent) / "checkpoints" / "last.ckpt")["optimizer_states"][0]
     assert [group["weight_decay"] for group in state["param_groups"]] == [0.01, 0.0]
