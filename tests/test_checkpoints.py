@@ -531,6 +531,22 @@ def test_what_the_command_line_changes_holds(prepare, run, capfd, schedule, more
     assert rates(folder)[-1] == pytest.approx(last * factor, rel=1e-9)
 
 
+@pytest.mark.slow
+def test_what_the_command_line_changes_holds_in_shards(prepare):
+    """A learning rate, and a schedule where there was none; then the same from one process."""
+    folder = prepare("shards", steps=2, model={"lr_scheduler": None})
+    finish(folder, "shards")
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    settings["model"]["lr_scheduler"] = SCHEDULE
+    settings["model"]["optimizer"]["init_args"]["lr"] = 0.004
+    for layout, steps in (("shards", 3), ("shards", 4), ("one", 5)):
+        settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        said = finish(folder, layout, "--ckpt_path", "last")
+        assert said.count("lr 0.004 instead of 0.01") == 1  # by the first of the three
+    assert rates(folder)[2:] == pytest.approx([0.004 * 0.5**step for step in (3, 4, 5)], rel=1e-9)
+
+
 @pytest.fixture(scope="module")
 def short(prepare: Prepare) -> Callable[[str], Path]:
     """The folder of a run of a step, with or without adapters."""
@@ -644,7 +660,7 @@ def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare
     state["optimizer_states"][0]["param_groups"].clear()
     torch.save(state, saved)
     before = saved.read_bytes()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="embed_tokens"):
         run(*fit(prepare(), "--ckpt_path", str(saved), "--checkpoint.dirpath", str(saved.parent)))
     assert saved.read_bytes() == before
 

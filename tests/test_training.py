@@ -338,7 +338,7 @@ def test_a_resumed_run_of_adapters_is_the_uninterrupted_one_bit_for_bit(prepare,
 
 def test_a_checkpoint_of_other_adapters_is_refused(prepare, tmp_path):
     prepare(1, "first", lora=adapters("q_proj")).fit()
-    with pytest.raises(ConfigurationError, match="model.lora do not agree"):
+    with pytest.raises(ConfigurationError, match=r"model\.lora do not agree"):
         prepare(2, "first", lora=adapters("q_proj", "v_proj")).fit(checkpoint_of(tmp_path, "first"))
 
 
