@@ -458,6 +458,10 @@ def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, s
         settings = yaml.safe_load((folder / "run.yaml").read_text())
         settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
         (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        measure = ["validate", "--config", str(folder / "run.yaml"), "--ckpt_path", "last"]
+        if layout == "one":
+            with started(measure, folder / "measured") as run:
+                assert run.wait() == [0], run.said()
         assert line in finish(folder, layout, "--ckpt_path", "last")
         assert newest(folder).is_dir() == (layout == "shards")
     ours, theirs = (checkpoints.load(newest(each)) for each in (folder, alone))
