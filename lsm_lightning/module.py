@@ -353,6 +353,11 @@ class OnPolicyDistillation(LightningModule):
         )
         if self._changes.told:
             self.print(f"Going on with other settings of the optimiser: {self._changes.told}.")
+        if self.device_mesh is not None and self._changes.schedule:
+            # Torch looks for every setting in the sharded checkpoint; those of the schedule come back in `_change`.
+            for group, configured in zip(optimizer.param_groups, self._optimizer_note["groups"], strict=True):
+                for name in group.keys() & self._changes.groups[0].keys() - configured.keys():
+                    del group[name]
         if self._restoring:
             groups = [group["params"] for group in self._optimizer_note["groups"]]
             states = [resuming.by_number(state, groups) for state in self._restoring["optimizer_states"]]

@@ -458,6 +458,10 @@ def test_another_number_of_processes_goes_on_and_is_told_what_changes(prepare, s
         settings = yaml.safe_load((folder / "run.yaml").read_text())
         settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
         (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        measure = ["validate", "--config", str(folder / "run.yaml"), "--ckpt_path", "last"]
+        if layout == "one":
+            with started(measure, folder / "measured") as run:
+                assert run.wait() == [0], run.said()
         assert line in finish(folder, layout, "--ckpt_path", "last")
         assert newest(folder).is_dir() == (layout == "shards")
     ours, theirs = (checkpoints.load(newest(each)) for each in (folder, alone))
@@ -529,6 +533,22 @@ def test_what_the_command_line_changes_holds(prepare, run, capfd, schedule, more
     assert "other settings" not in capfd.readouterr().out
     factor = {None: 1.0, "null": 1.0, "0.8": 0.8}.get(more[-1] if more else None, 0.5 if schedule else 1.0)
     assert rates(folder)[-1] == pytest.approx(last * factor, rel=1e-9)
+
+
+@pytest.mark.slow
+def test_what_the_command_line_changes_holds_in_shards(prepare):
+    """A learning rate, and a schedule where there was none; then the same from one process."""
+    folder = prepare("shards", steps=2, model={"lr_scheduler": None})
+    finish(folder, "shards")
+    settings = yaml.safe_load((folder / "run.yaml").read_text())
+    settings["model"]["lr_scheduler"] = SCHEDULE
+    settings["model"]["optimizer"]["init_args"]["lr"] = 0.004
+    for layout, steps in (("shards", 3), ("shards", 4), ("one", 5)):
+        settings["trainer"] |= {**LAYOUTS[layout], "max_steps": steps}
+        (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+        said = finish(folder, layout, "--ckpt_path", "last")
+        assert said.count("lr 0.004 instead of 0.01") == 1  # by the first of the three
+    assert rates(folder)[2:] == pytest.approx([0.004 * 0.5**step for step in (3, 4, 5)], rel=1e-9)
 
 
 @pytest.fixture(scope="module")
@@ -644,7 +664,7 @@ def test_a_run_that_cannot_be_restored_does_not_overwrite_its_checkpoint(prepare
     state["optimizer_states"][0]["param_groups"].clear()
     torch.save(state, saved)
     before = saved.read_bytes()
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError, match="embed_tokens"):
         run(*fit(prepare(), "--ckpt_path", str(saved), "--checkpoint.dirpath", str(saved.parent)))
     assert saved.read_bytes() == before
 
