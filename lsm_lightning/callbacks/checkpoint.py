@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from lsm_lightning.callbacks import atomic
 from lsm_lightning.callbacks.signals import Stopped, StopSignals
 from lsm_lightning.checkpoints import load, point
-from lsm_lightning.errors import CheckpointError, TrainingDivergedError
+from lsm_lightning.errors import CheckpointError, ConfigurationError, TrainingDivergedError
 
 
 class Checkpoint(ModelCheckpoint):
@@ -32,8 +32,17 @@ class Checkpoint(ModelCheckpoint):
     _pointed: Path | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Write straight to the disk, where the user has not chosen another way."""
+        """Write straight to the disk, where the user has not chosen another way.
+
+        Raises:
+            ConfigurationError: Several checkpoints would have one name.
+        """
         super().setup(trainer, pl_module, stage)
+        if self.save_top_k and self.filename == "last":
+            raise ConfigurationError(
+                f"checkpoint.save_top_k={self.save_top_k} keeps several checkpoints, and filename=last gives all one name: "
+                "add --checkpoint.filename '{step}'."
+            )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = PlainFiles()
 
