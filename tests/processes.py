@@ -49,8 +49,8 @@ class Recorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         rollout: Any = pl_module.rollout
 
-        def remembered(batch: Any) -> Any:
-            trajectories = rollout(batch)
+        def remembered(batch: Any, **options: Any) -> Any:
+            trajectories = rollout(batch, **options)
             self.sampled = [turn.completion.ids for trajectory in trajectories for turn in trajectory.turns]
             return trajectories
 

@@ -440,7 +440,7 @@ def test_a_gradient_that_is_put_together_wrongly_is_seen(one, two, fault, off):
 def test_numbers_told_by_two_processes_are_those_of_one(one, two, strategy, name):
     case = replace(STEPS[name], strategy=strategy)
     for share in two[case]:
-        assert share["metrics"] == pytest.approx(one(case)["metrics"], rel=1e-5, abs=1e-7)
+        assert share["metrics"] == pytest.approx(one(case)["metrics"], rel=1e-5, abs=1e-6)
 
 
 def test_numbers_of_another_step_are_others(one):
@@ -514,10 +514,10 @@ def test_problems_that_are_played_twice_are_seen(two):
 
 @each_step
 @each_strategy
-def test_a_step_needs_three_sums_outside_of_the_student(two, strategy, name):
-    """Micro-batches, counts and metrics; Lightning puts a barrier before each."""
+def test_a_step_needs_four_sums_outside_of_the_student(two, strategy, name):
+    """Micro-batches, counts, metrics and the largest gap of the sampler; Lightning puts a barrier before each."""
     for share in two[replace(STEPS[name], strategy=strategy)]:
-        assert share["collectives"] == ["barrier", "all_reduce"] * 3
+        assert share["collectives"] == ["barrier", "all_reduce"] * 4
 
 
 def test_metrics_that_are_summed_one_by_one_are_counted(two):

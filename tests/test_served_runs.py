@@ -151,11 +151,11 @@ def test_faults_that_pass_change_nothing(prepare, local, student_server, teacher
     right, called = run.module.rollout, []
     kinds = ("500", "hangs up", "truncated JSON", "a log-prob too few", "slow")
 
-    def rollout(batch: Any) -> Any:
+    def rollout(batch: Any, **options: Any) -> Any:
         called.append(batch)
         if len(called) == 2:
             server.faults.extend(Fault(kind, seconds=6.0 * (kind == "slow")) for kind in kinds)
-        return right(batch)
+        return right(batch, **options)
 
     run.module.rollout = rollout
     assert_same_steps(run.fit(), local)
@@ -170,11 +170,11 @@ def test_a_server_that_dies_in_a_step_ends_the_run_with_its_name_after_a_checkpo
     run = prepare()
     right, called = run.module.rollout, []
 
-    def rollout(batch: Any) -> Any:
+    def rollout(batch: Any, **options: Any) -> Any:
         called.append(batch)
         if len(called) == 3:
             server.faults.append(Fault("dies"))
-        return right(batch)
+        return right(batch, **options)
 
     run.module.rollout = rollout
     with pytest.raises(ServerError, match=f"{server.url} failed at .*3 times.*go on with --ckpt_path"):
@@ -190,12 +190,12 @@ def test_one_that_dies_and_comes_back_holds_the_run_up_and_changes_nothing(prepa
     run = prepare(attempts=8)
     right, called = run.module.rollout, []
 
-    def rollout(batch: Any) -> Any:
+    def rollout(batch: Any, **options: Any) -> Any:
         called.append(batch)
         if len(called) == 3:
             student_server.faults.append(Fault("dies"))
             back.start()
-        return right(batch)
+        return right(batch, **options)
 
     def restart() -> None:
         while student_server.lives == 0:

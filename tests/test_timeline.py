@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lsm_lightning.callbacks import Timeline
+from lsm_lightning.callbacks.timeline import STEP
 
 
 def spans(path: Path) -> list[dict[str, Any]]:
@@ -25,13 +26,14 @@ def timeline(tmp_path: Path) -> Timeline:
 
 
 def test_spans_hold_what_passed_and_lie_inside_each_other(timeline, tmp_path):
-    with timeline.profile("step"):
+    with timeline.profile(STEP):
         with timeline.profile("rollout"):
             time.sleep(0.02)
         with timeline.profile("short"):
             pass
+        assert list(tmp_path.iterdir()) == []  # not before the first step is over
     rollout, step = spans(tmp_path / "timeline.json")
-    assert (rollout["name"], step["name"]) == ("rollout", "step")
+    assert (rollout["name"], step["name"]) == ("rollout", STEP)
     assert step["ts"] <= rollout["ts"]
     assert rollout["ts"] + rollout["dur"] <= step["ts"] + step["dur"] + 1
     assert 20_000 <= rollout["dur"] < 2_000_000
@@ -47,6 +49,8 @@ def test_threads_have_rows_of_their_own_under_one_name(timeline, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
+    with timeline.profile(STEP):
+        pass
     short, long = spans(tmp_path / "timeline.json")
     assert short["tid"] != long["tid"]
     assert short["dur"] < long["dur"]
@@ -54,6 +58,8 @@ def test_threads_have_rows_of_their_own_under_one_name(timeline, tmp_path):
 
 def test_an_end_without_a_beginning_is_nothing(timeline, tmp_path):
     timeline.stop("never begun")
+    with timeline.profile(STEP):
+        pass
     timeline.teardown("fit")
     timeline.stop("after the end")
     assert (tmp_path / "timeline.json").read_text() == "[\n"

@@ -40,8 +40,8 @@ class Checkpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if self.save_top_k and self.filename == "last":
             raise ConfigurationError(
-                f"checkpoint.save_top_k={self.save_top_k} keeps several checkpoints, and filename=last gives all one name: "
-                "add --checkpoint.filename '{step}'."
+                f"checkpoint.save_top_k={self.save_top_k} keeps several checkpoints, and filename=last gives them one "
+                "name: add --checkpoint.filename '{step}'."
             )
         if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = PlainFiles()

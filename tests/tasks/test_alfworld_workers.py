@@ -316,13 +316,13 @@ class Expert(Player):
     hook: Callable[[int], None] = staticmethod(lambda call: None)
     calls = 0
 
-    def answer(self, conversations: list[list[Message]], seeds: Sequence[int], max_new_tokens: int) -> list[Turn]:
+    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int], max_new_tokens: int) -> list[Turn]:
         self.hook(type(self).calls)
         type(self).calls += 1
-        return [_answered(messages, seed) for messages, seed in zip(conversations, seeds, strict=True)]
+        return [_answered(prompt.messages, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
-def _answered(messages: list[Message], seed: int) -> Turn:
+def _answered(messages: Sequence[Message], seed: int) -> Turn:
     task, *history, observation, actions = messages[0]["content"].split("\n")
     action = decide(task, [tuple(line.split(" > ")) for line in history], observation, actions.split("|")).action
     text = f"<think>well.</think><action>{action if seed % 5 else 'fly away'}</action>"

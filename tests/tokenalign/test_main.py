@@ -82,7 +82,8 @@ def test_status_and_one_json_document(capsys, student, teacher, name, status, al
     assert main(commands(student, student)[name]) == alone
 
 
-def test_inspect_tells_the_report(capsys, student, teacher):
+def test_inspect_tells_the_report(capsys, monkeypatch, student, teacher):
+    monkeypatch.setenv("COLUMNS", "100")
     pair = ta.Pair(student, teacher, tags=["<note>", "[x]"])
     arguments = ["inspect", student, teacher, "--tags", "<note>,[x]"]
     assert told(capsys, *arguments) == pair.report().to_dict()
