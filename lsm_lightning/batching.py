@@ -79,6 +79,11 @@ def padded_responses(turns: Sequence[Turn]) -> tuple[NDArray[np.int64], NDArray[
     return ids, response
 
 
+def sampled_ids(turns: Sequence[Turn], device: torch.device) -> Int[Tensor, " n"]:
+    """What the student sampled in some turns, laid end to end."""
+    return torch.tensor([i for turn in turns for i in turn.completion.ids], dtype=torch.long, device=device)
+
+
 def rows_of(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
     """Where the positions of some turns lie among those of all turns, whose `spans` are given."""
     return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)

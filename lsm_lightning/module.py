@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from lsm_lightning import resuming
-from lsm_lightning.batching import check_packing
+from lsm_lightning.batching import check_packing, sampled_ids
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.evaluation import evaluate
@@ -45,6 +45,7 @@ from lsm_lightning.pretrained import (
     load_tokenizer,
     turn_end_ids,
 )
+from lsm_lightning.processes import gather
 from lsm_lightning.random_states import RandomStates, random_states, restore_random_states
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
@@ -442,8 +443,7 @@ class OnPolicyDistillation(LightningModule):
 
     def _sampled_tokens(self, turns: Sequence[Turn]) -> Int[Tensor, "n c"]:
         """The sampled ones, if the objective wants them among these."""
-        ids = [i for turn in turns for i in turn.completion.ids]
-        sampled = torch.tensor(ids, dtype=torch.long, device=self.device).unsqueeze(-1)
+        sampled = sampled_ids(turns, self.device).unsqueeze(-1)
         return sampled if self.objective.adds_sampled else sampled[:, :0]
 
     def rollout(self, batch: StepBatch, on_round: Callable[[Sequence[Turn]], None] | None = None) -> list[Trajectory]:
@@ -703,11 +703,7 @@ class OnPolicyDistillation(LightningModule):
             checkpoint[resuming.NOTE] |= self._optimizer_note
             checkpoint["optimizer_states"] = [self._named(state) for state in checkpoint["optimizer_states"]]
         checkpoint["skipped_steps"] = self._skipped
-        states: list[RandomStates] = [self._before_step or random_states(self.device)]
-        if self.trainer.world_size > 1:
-            states *= self.trainer.world_size
-            torch.distributed.all_gather_object(states, states[self.global_rank])
-        checkpoint["random_states"] = states
+        checkpoint["random_states"] = gather(self._before_step or random_states(self.device))
 
     def _named(self, state: dict[str, Any]) -> dict[str, Any]:
         """Sharded weights' states come with names, or where one file is written with the numbers of all weights, in the

@@ -13,6 +13,7 @@ from transformers import (
     AutoTokenizer,
     BitsAndBytesConfig,
     GenerationConfig,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -178,6 +179,11 @@ def check_model(name: str) -> None:
     """
     with _loading("model", name):
         AutoConfig.from_pretrained(locate(name))
+
+
+def context_of(config: PretrainedConfig) -> int | None:
+    """Tokens that a model takes at once, as far as its configuration tells."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -17,6 +17,7 @@ from lsm_lightning.callbacks import atomic
 from lsm_lightning.callbacks.signals import Stopped, StopSignals
 from lsm_lightning.checkpoints import load, point
 from lsm_lightning.errors import CheckpointError, ConfigurationError, TrainingDivergedError
+from lsm_lightning.processes import gather
 
 
 class Checkpoint(ModelCheckpoint):
@@ -55,7 +56,7 @@ class Checkpoint(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
         if self.dirpath and _is_local_file_protocol(self.dirpath):
             folder = Path(self.dirpath)
-            _together(trainer, folder, lambda: _check_writable(folder) if trainer.is_global_zero else None)
+            _together(folder, lambda: _check_writable(folder) if trainer.is_global_zero else None)
         self._training = True
         _end_of_step(trainer)
 
@@ -97,9 +98,9 @@ class Checkpoint(ModelCheckpoint):
         first = trainer.is_global_zero
         with trainer.profiler.profile("save_checkpoint"):  # type: ignore[attr-defined]
             checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
-            _together(trainer, place, lambda: _prepare(place) if first else None)
-            _together(trainer, place, lambda: trainer.strategy.save_checkpoint(checkpoint, atomic.partial(place)))
-            _together(trainer, place, lambda: self._publish(place) if first else None)
+            _together(place, lambda: _prepare(place) if first else None)
+            _together(place, lambda: trainer.strategy.save_checkpoint(checkpoint, atomic.partial(place)))
+            _together(place, lambda: self._publish(place) if first else None)
         self._last_global_step_saved = trainer.global_step
         self._last_checkpoint_saved = filepath
         for logger in trainer.loggers if first else ():
@@ -116,7 +117,7 @@ class Checkpoint(ModelCheckpoint):
         """For `save_last: link`."""
         if os.path.abspath(filepath) != os.path.abspath(linkpath):
             link, target = Path(linkpath), Path(filepath)
-            _together(trainer, link, lambda: atomic.point(link, target) if trainer.is_global_zero else None)
+            _together(link, lambda: atomic.point(link, target) if trainer.is_global_zero else None)
 
     def _remove_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         if not _is_local_file_protocol(filepath):
@@ -167,7 +168,7 @@ def _prepare(place: Path) -> None:
     atomic.clear(place)
 
 
-def _together(trainer: Trainer, place: Path, work: Callable[[], None]) -> None:
+def _together(place: Path, work: Callable[[], None]) -> None:
     """Do a part of a save; where it fails on one process, it fails on all, so that none waits for another.
 
     Raises:
@@ -178,13 +179,9 @@ def _together(trainer: Trainer, place: Path, work: Callable[[], None]) -> None:
         work()
     except (OSError, RuntimeError, CheckpointException) as error:
         failure = _cause(error)
-    failures: list[str] = [failure]
-    if trainer.world_size > 1:
-        failures *= trainer.world_size
-        torch.distributed.all_gather_object(failures, failure)
-    if any(failures):
+    if failed := next(filter(None, gather(failure)), ""):
         raise CheckpointError(
-            f"Cannot save {place}: {next(filter(None, failures))}. What was saved there before is as it was; make room "
+            f"Cannot save {place}: {failed}. What was saved there before is as it was; make room "
             "or set checkpoint.dirpath to another folder, and go on with --ckpt_path."
         )
 

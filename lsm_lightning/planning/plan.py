@@ -18,7 +18,7 @@ from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.optimizers import check_step
 from lsm_lightning.planning.hardware import Device, cpu, gpu
 from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
-from lsm_lightning.pretrained import check_model, locate
+from lsm_lightning.pretrained import check_model, context_of, locate
 from lsm_lightning.rollout import LocalEngine
 from lsm_lightning.sharding import shards_of
 from lsm_lightning.tasks.base import Task
@@ -192,7 +192,7 @@ def _lengths(
     evaluate: bool,
 ) -> Lengths:
     check_model(module.student_name)
-    context = getattr(AutoConfig.from_pretrained(locate(module.student_name)), "max_position_embeddings", None)
+    context = context_of(AutoConfig.from_pretrained(locate(module.student_name)))
     prompt = prompt_tokens if context is None else min(prompt_tokens, context - task.max_new_tokens)
     if prompt < 1:
         raise ConfigurationError(

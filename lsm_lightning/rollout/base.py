@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.types import Completion
 
 
@@ -51,6 +51,19 @@ class Request:
         return max_new_tokens if self.limit is None else min(self.limit, max_new_tokens)
 
 
+def check_finite(finite: bool) -> None:
+    """Refuse to go on with log-probs of a model that are not finite.
+
+    Raises:
+        TrainingDivergedError: They are not.
+    """
+    if not finite:
+        raise TrainingDivergedError(
+            "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
+            "from an earlier checkpoint. Or its weights are broken."
+        )
+
+
 class Engine(ABC):
     """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""
 
@@ -81,6 +94,26 @@ class Engine(ABC):
     def room(self, prompt_tokens: int) -> int | None:
         """How many tokens fit into the model's context behind a prompt; below 1 is none, None is no limit."""
         return None
+
+    def check_room(self, requests: Sequence[Request], max_new_tokens: int, *, whose: str, remedy: str) -> None:
+        """Make sure that the context holds every prompt and its longest answer.
+
+        Args:
+            requests: What is asked.
+            max_new_tokens: Longest answer, where a request sets no other limit.
+            whose: The context, for the error.
+            remedy: Besides a shorter prompt or answer.
+
+        Raises:
+            ConfigurationError: One does not fit.
+        """
+        for request in requests:
+            prompt, new, room = len(request.ids), request.longest(max_new_tokens), self.room(len(request.ids))
+            if room is not None and new > room:
+                raise ConfigurationError(
+                    f"A prompt of {prompt} tokens and max_new_tokens={new} exceed the {whose}'s context of "
+                    f"{prompt + room} tokens. Lower the task's max_new_tokens, shorten its prompt, or {remedy}."
+                )
 
     def close(self) -> None:  # noqa: B027 - many hold nothing
         """Give back what the engine holds outside this process; another `sync` brings it back."""

@@ -14,8 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from lsm_lightning.errors import TrainingDivergedError
-from lsm_lightning.rollout.base import Request, Sampling
+from lsm_lightning.rollout.base import Request, Sampling, check_finite
 from lsm_lightning.rollout.cache import RowCache, recurrent
 from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.rollout.stops import StopStrings
@@ -197,11 +196,7 @@ class Batch:
         numbers = [answer.random.random() for answer in answers]
         tokens, drawn = sample(logits, torch.tensor(numbers, dtype=torch.float32, device=logits.device), self.sampling)
         log_probs = drawn.tolist()
-        if not all(map(math.isfinite, log_probs)):
-            raise TrainingDivergedError(
-                "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
-                "from an earlier checkpoint. Or its weights are broken."
-            )
+        check_finite(all(map(math.isfinite, log_probs)))
         added = zip(answers, tokens.tolist(), log_probs, strict=True)
         goes_on = [answer.add(token, log_prob, self.ends) for answer, token, log_prob in added]
         return tokens, [row for row, going in enumerate(goes_on) if going]

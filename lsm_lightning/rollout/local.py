@@ -9,7 +9,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.pretrained import DType
+from lsm_lightning.pretrained import DType, context_of
 from lsm_lightning.rollout.base import Engine, Request, Sampling
 from lsm_lightning.rollout.batch import Answer, Batch, Ends
 from lsm_lightning.rollout.stops import stop_strings
@@ -68,9 +68,8 @@ class LocalEngine(Engine):
         if sampling.stop and tokenizer is None:
             raise ConfigurationError(f"stop={list(sampling.stop)} is looked for in texts: give generate() a tokenizer.")
         stops = stop_strings(tokenizer, tuple(sampling.stop)) if sampling.stop and tokenizer is not None else None
+        self.check_room(requests, max_new_tokens, whose="student", remedy="take a model with a longer context")
         answers = [Answer.of(request, max_new_tokens) for request in requests]
-        for answer in answers:
-            self._check_room(answer)
         with torch.autocast(self._replica.device.type, enabled=False):  # the replica's dtype decides
             asked = [answer for answer in answers if answer.limit > 0]
             Batch(self._replica, asked, sampling, Ends(turn=turn_end, stops=stops), self.batch_size).run()
@@ -85,16 +84,7 @@ class LocalEngine(Engine):
     def _context(self) -> int | None:
         """Tokens; asked for with every answer, and slow to read from a configuration."""
         assert self._replica is not None
-        return getattr(self._replica.config.get_text_config(), "max_position_embeddings", None)
-
-    def _check_room(self, answer: Answer) -> None:
-        room = self.room(len(answer.prompt))
-        if room is not None and answer.limit > room:
-            raise ConfigurationError(
-                f"A prompt of {len(answer.prompt)} tokens and max_new_tokens={answer.limit} exceed the student's "
-                f"context of {len(answer.prompt) + room} tokens. Lower the task's max_new_tokens, shorten its prompt, "
-                "or take a model with a longer context."
-            )
+        return context_of(self._replica.config)
 
 
 def _plain_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

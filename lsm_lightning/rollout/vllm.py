@@ -18,14 +18,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 # As a module: it imports this package too.
 from lsm_lightning import export
 from lsm_lightning.batching import TokenBatch, hidden_states
-from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
-from lsm_lightning.pretrained import DType
-from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.pretrained import DType, context_of
+from lsm_lightning.processes import gather, together
+from lsm_lightning.rollout.base import Engine, Request, Sampling, check_finite
 from lsm_lightning.serving import protocol
 from lsm_lightning.serving.client import Question, ServerError
 from lsm_lightning.serving.fleet import Fleet, Servers
-from lsm_lightning.serving.processes import gather, together
 from lsm_lightning.sharding import rest
 from lsm_lightning.student import plain_state_dict
 from lsm_lightning.types import Completion
@@ -129,7 +129,7 @@ class VLLMEngine(Engine):
             ServerError: A request was not answered.
         """
         assert self._fleet.model is not None, "sync() comes before generate()"
-        _check_context(self._fleet.model.context, requests, max_new_tokens)
+        self.check_room(requests, max_new_tokens, whose="server", remedy="start it with a larger --max-model-len")
         # Equal prompts go to one server, which caches them.
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.ids) for request in requests))}
         name = self._fleet.model.name
@@ -274,7 +274,7 @@ class _Probe:
     def of(cls, model: PreTrainedModel) -> "_Probe":
         """All processes call it together."""
         rows = len(model.get_output_embeddings().weight)
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = context_of(model.config)
         length = PROBE_TOKENS if limit is None else min(PROBE_TOKENS, limit - 1)
         texts = np.random.default_rng(0).integers(rows, size=(PROBES, length)).tolist()
         training = model.training
@@ -284,11 +284,7 @@ class _Probe:
             log_probs = OutputHead.of(model).all_logits(hidden, exact=True).log_softmax(-1)
         model.train(training)
         rest(model)
-        if not log_probs.isfinite().all():
-            raise TrainingDivergedError(
-                "The model's log-probs are not finite. Either training has diverged: lower the learning rate and go on "
-                "from an earlier checkpoint. Or its weights are broken."
-            )
+        check_finite(bool(log_probs.isfinite().all()))
         return cls(texts=texts, log_probs=log_probs.float().cpu())
 
     def gap(self, told: Sequence[Mapping[int, float]]) -> float:
@@ -299,13 +295,3 @@ class _Probe:
             for token, value in of_text.items()
         ]
         return sum(differences) / len(differences)
-
-
-def _check_context(limit: int, requests: Sequence[Request], max_new_tokens: int) -> None:
-    for request in requests:
-        prompt, new = len(request.ids), request.longest(max_new_tokens)
-        if prompt + new > limit:
-            raise ConfigurationError(
-                f"A prompt of {prompt} tokens and max_new_tokens={new} exceed the server's context of {limit} tokens. "
-                "Lower the task's max_new_tokens, shorten its prompt, or start it with a larger --max-model-len."
-            )

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.processes import Place, gather, share, together
 from lsm_lightning.serving.client import BadAnswer, Client, Patience, Question
 from lsm_lightning.serving.launch import Launch, Server, healthy
-from lsm_lightning.serving.processes import Place, gather, share, together
 
 Answer = TypeVar("Answer")
 DEVELOPER_MODE = {"VLLM_SERVER_DEV_MODE": "1"}

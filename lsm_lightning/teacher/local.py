@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, spans
+from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, rows_of, sampled_ids, spans
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import (
@@ -124,7 +124,7 @@ class LocalTeacher(ScoringTeacher):
         prompts, reading = self._read(turns)
         lengths = [len(prompt) + len(r) for prompt, r in zip(prompts, reading.responses, strict=True)]
         places = spans([len(turn.completion.ids) for turn in turns])
-        sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=added.device)
+        sampled = sampled_ids(turns, added.device)
         parts: list[Support] = []
         order: list[Tensor] = []
         self._move(self.device)

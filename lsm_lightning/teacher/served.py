@@ -9,15 +9,16 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from lsm_lightning.batching import sampled_ids
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.pretrained import DType, load_skeleton, load_tokenizer, locate, turn_end_ids
+from lsm_lightning.processes import together
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.vllm import VLLMEngine
 from lsm_lightning.serving import protocol
 from lsm_lightning.serving.client import BadAnswer, Question
 from lsm_lightning.serving.fleet import Fleet, Servers
-from lsm_lightning.serving.processes import together
 from lsm_lightning.serving.protocol import Scores
 from lsm_lightning.teacher.scoring import ScoringTeacher, joined
 from lsm_lightning.types import Support, Turn
@@ -125,7 +126,7 @@ class ServedTeacher(ScoringTeacher):
             return everything.scatter(-1, ids[at], values[at])
 
         position = reading.position_in(range(len(turns))).to(self.device)
-        sampled = torch.tensor([i for t in turns for i in t.completion.ids], dtype=torch.long, device=self.device)
+        sampled = sampled_ids(turns, self.device)
         return joined([*self._supports(log_probs, targets, position, sampled, added)])
 
     def player(self, sampling: Sampling) -> Player:

@@ -11,10 +11,10 @@ from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from lsm_lightning.pretrained import load_model, load_skeleton
+from lsm_lightning.processes import share
 from lsm_lightning.rollout import LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.serving import ServerError, Servers
-from lsm_lightning.serving.processes import share
 from lsm_lightning.sharding import load_sharded
 
 REQUESTS = [Request(ids=random_ids(seed, 6), seed=seed) for seed in range(4)]
