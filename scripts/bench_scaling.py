@@ -1,7 +1,7 @@
 """How a step's cost grows: with processes, micro-batches, tokens and lengths, and what is spent outside of the models.
 
     python scripts/bench_scaling.py --quick   # under three minutes on two CPU cores
-    python scripts/bench_scaling.py           # larger models, longer answers: about twenty minutes
+    python scripts/bench_scaling.py           # larger models, longer answers: about half an hour
 
 1. One process against two (DDP, FSDP2), one thread each, on the same step: its problems are shared out.
 2. Where the seconds of a step go: models (forward and backward passes, heads), environment (questions, grades, games),
@@ -347,9 +347,10 @@ class Update:
         )  # fmt: skip
 
 
-def timed(run: Callable[[], Any], times: int) -> dict[str, float]:
-    """Seconds of the best of some runs after a first one, on the clock and on this process's core."""
-    run()
+def timed(run: Callable[[], Any], times: int, *, warm_up: bool = True) -> dict[str, float]:
+    """Seconds of the best of some runs, after a first one if wanted, on the clock and on this process's core."""
+    if warm_up:
+        run()
     started, others = time.perf_counter(), busy_elsewhere()
     runs = []
     for _ in range(times):
@@ -414,7 +415,7 @@ def bench_lengths(
         def write(length: int = length, requests: list[Request] = requests) -> None:
             engine.generate(requests, Sampling(), max_new_tokens=length, turn_end=frozenset())
 
-        rows.append({"part": "rollout, 8 answers", "length": length, "tokens": 8 * length} | timed(write, 1))
+        rows.append({"part": "rollout, 8 answers", "length": length, "tokens": 8 * length} | timed(write, 1, warm_up=length == 256))
     for row in rows:
         row["µs/token"] = 1e6 * row["core s"] / row["tokens"]
     return rows
@@ -483,7 +484,7 @@ def main() -> None:
         report("4. Tokens, in sequences of 512", rows)
         results["exponents"] = exponents(rows)
         print("Exponent of tokens:", ", ".join(f"{part} {value:.3f}" for part, value in results["exponents"].items()))
-        lengths = bench_lengths(student, teacher, 8192 if quick else 32_768, times, 1024 if quick else 8192)
+        lengths = bench_lengths(student, teacher, 8192 if quick else 16_384, times, 1024 if quick else 8192)
         report("5. Lengths, at one number of tokens", lengths)
         report("Cost a token = a + b * length", growth(lengths))
 
