@@ -50,7 +50,7 @@ from lsm_lightning.random_states import RandomStates, random_states, restore_ran
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
-from lsm_lightning.sharding import load_sharded, shards_of
+from lsm_lightning.sharding import OffloadedModelParallelStrategy, load_sharded, shards_of
 from lsm_lightning.student import (
     adapt,
     check_lora,
@@ -249,7 +249,8 @@ class OnPolicyDistillation(LightningModule):
         if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
             shards_of(strategy, nodes=self.trainer.num_nodes, devices=self.trainer.num_devices)
         if stage == "fit":
-            device = self.trainer.strategy.root_device
+            offloaded = isinstance(strategy, OffloadedModelParallelStrategy)
+            device = torch.device("cpu") if offloaded else strategy.root_device
             check_step(self.optimizer_of, self.lr_scheduler_of, device=device, max_steps=self.trainer.max_steps)
         check_model(self.student_name)
         for teacher in self.teachers.values():
@@ -308,6 +309,7 @@ class OnPolicyDistillation(LightningModule):
             self.device_mesh["data_parallel"],
             device=self.trainer.strategy.root_device,
             compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
+            offload=isinstance(self.trainer.strategy, OffloadedModelParallelStrategy),
         )
 
     def prepared(self, student: PreTrainedModel) -> PreTrainedModel:

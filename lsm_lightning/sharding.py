@@ -5,11 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lsm_lightning.errors import ConfigurationError
@@ -21,6 +23,26 @@ class _Told:
 
     dtypes: dict[str, torch.dtype]
     buffers: dict[str, Tensor]
+
+
+class OffloadedModelParallelStrategy(ModelParallelStrategy):
+    """FSDP2 whose shards, gradients and optimizer stay in main memory: a layer is on its GPU only while it works.
+
+    Takes the arguments of Lightning's strategy, which would move the shards to the GPUs.
+    """
+
+    def model_to_device(self) -> None:
+        """Move what is no shard: buffers and metrics."""
+        assert self.model is not None
+        self.model._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
+        _update_properties(self.model, device=self.root_device)
+
+    def _get_process_group_backend(self) -> str:
+        """Shards in main memory are gathered and summed up there, too: for a clipped norm, a replica, a checkpoint."""
+        if self._process_group_backend is None and self.root_device.type == "cuda":
+            return "cpu:gloo,cuda:nccl"
+        backend: str = super()._get_process_group_backend()
+        return backend
 
 
 def shards_of(strategy: ModelParallelStrategy, *, nodes: int, devices: int) -> int:
@@ -58,6 +80,7 @@ def load_sharded(
     *,
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
+    offload: bool = False,
 ) -> PreTrainedModel:
     """Load a model in the first process and hand each process its part; all processes call this together.
 
@@ -70,6 +93,7 @@ def load_sharded(
         device: Of this process's part.
         compute_dtype: Type in which layers are gathered and run, while the parts, gradients and their sums over the
             processes keep full precision; None: the weights' own.
+        offload: Leave the parts, their gradients and the buffers on the CPU; layers are brought to `device` to work.
 
     Raises:
         ConfigurationError: The first process cannot load it; all processes raise the same.
@@ -97,28 +121,38 @@ def load_sharded(
     model = shape()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(told.dtypes[name])
-    shard(model, mesh, compute_dtype=compute_dtype)
-    model.to_empty(device=device)
+    shard(model, mesh, compute_dtype=compute_dtype, offload=offload, pin=device.type == "cuda")
+    model.to_empty(device="cpu" if offload else device)
     _tie(model)
     _fill(model, weights, told.buffers)
     return model
 
 
-def shard(model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None) -> None:
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    offload: bool = False,
+    pin: bool = False,
+) -> None:
     """Make decoder layers and body FSDP2 units; so is the head, which is used apart from the body, unless it is tied.
 
     Args:
         model: Is changed in place.
         mesh: The processes.
         compute_dtype: See `load_sharded`.
+        offload: Likewise.
+        pin: Keep offloaded parts in memory that a GPU reads without a copy.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32
     )
+    resting = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
     body: Any = model.base_model
     head: Any = model.get_output_embeddings()
     for unit in (*decoder_layers(model), body, *(() if _is_tied(model) else (head,))):
-        fully_shard(unit, mesh=mesh, mp_policy=policy)
+        fully_shard(unit, mesh=mesh, mp_policy=policy, offload_policy=resting)
     _tie(model)
 
 

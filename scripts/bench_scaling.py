@@ -415,7 +415,8 @@ def bench_lengths(
         def write(length: int = length, requests: list[Request] = requests) -> None:
             engine.generate(requests, Sampling(), max_new_tokens=length, turn_end=frozenset())
 
-        rows.append({"part": "rollout, 8 answers", "length": length, "tokens": 8 * length} | timed(write, 1, warm_up=length == 256))
+        row = {"part": "rollout, 8 answers", "length": length, "tokens": 8 * length}
+        rows.append(row | timed(write, 1, warm_up=length == 256))
     for row in rows:
         row["µs/token"] = 1e6 * row["core s"] / row["tokens"]
     return rows

@@ -31,6 +31,7 @@ from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import LocalEngine, VLLMEngine
 from lsm_lightning.serving import Servers
+from lsm_lightning.sharding import OffloadedModelParallelStrategy
 from lsm_lightning.tasks.base import Episode, Task
 from lsm_lightning.tasks.math import AdditionProblems, MathEpisode
 from lsm_lightning.teacher import LocalTeacher
@@ -260,6 +261,21 @@ def test_a_teacher_that_is_sharded_or_rests_takes_less(common, planned):
         assert phase(sharded, name).bytes["teachers' weights"] == pytest.approx(whole / 4, rel=0.01)
     assert 0 < phase(sharded, "teacher").bytes["gathered units"] <= whole
     assert "gathered units" not in phase(planned(trainer=trainer), "teacher").bytes
+
+
+def test_an_offloaded_student_takes_main_memory_instead(planned):
+    sizes = {"data_parallel_size": 4, "tensor_parallel_size": 1}
+    sharded, offloaded = (
+        planned(trainer={"accelerator": "gpu", "devices": 4, "strategy": kind(**sizes)})
+        for kind in (ModelParallelStrategy, OffloadedModelParallelStrategy)
+    )
+    there, here = phase(offloaded, "optimiser").bytes, phase(sharded, "optimiser").bytes
+    assert not there.keys() & {"student weights", "gradients", "optimiser state"}
+    moved = sum(here[kind] for kind in ("student weights", "gradients", "optimiser state"))
+    assert offloaded.tasks[0].rehearsal.host >= moved
+    for name in ("rollout", "update"):
+        assert phase(offloaded, name).peak < phase(sharded, name).peak
+        assert phase(offloaded, name).bytes["gathered units"] == phase(sharded, name).bytes["gathered units"] > 0
 
 
 def test_processes_share_the_episodes_and_ddp_takes_a_bucket(common, planned):

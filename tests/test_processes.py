@@ -34,6 +34,7 @@ from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
+from lsm_lightning.sharding import OffloadedModelParallelStrategy
 from lsm_lightning.tasks.base import Episode, Split, Task
 from lsm_lightning.teacher import LocalTeacher
 from lsm_lightning.types import Completion
@@ -130,7 +131,7 @@ STEPS = {
     "no turns": Case(turns=0, source="union", reduction="task_mean"),
 }
 """Of three problems rank 0 plays the first and last, which are short, and rank 1 the second."""
-STRATEGIES = ("ddp", "fsdp2")
+STRATEGIES = ("ddp", "fsdp2", "fsdp2, offloaded")
 FAULTS = ("averaged by the processes", "counted apart", "never averaged", "averaged every time", "metric by metric")
 CASES = [
     *(replace(case, strategy=strategy) for strategy in STRATEGIES for case in STEPS.values()),
@@ -147,6 +148,8 @@ def strategy_of(case: Case) -> Strategy | str:
         return "auto"
     if case.strategy == "fsdp2":
         return ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    if case.strategy == "fsdp2, offloaded":
+        return OffloadedModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
     if case.strategy == "auto":
         return ModelParallelStrategy()
     return "ddp"

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from teachers import asked, teacher_at
 from test_student import gradients, lora
 from tiny import FAMILIES, save_tiny, tiny_model
@@ -20,7 +23,7 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.pretrained import load_model, load_skeleton
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.sharding import load_sharded
+from lsm_lightning.sharding import OffloadedModelParallelStrategy, load_sharded
 from lsm_lightning.student import adapt, checkpoint_activations, merged_parameters, whole
 from lsm_lightning.types import Support, Turn
 
@@ -48,7 +51,8 @@ def sharded(folder: Path, prepare: Callable[[PreTrainedModel], None] = lambda mo
         return model
 
     mesh = init_device_mesh("cpu", (2,))
-    model = load_sharded(load, shape, mesh, device=CPU, compute_dtype=options.get("compute_dtype"))
+    offload, compute_dtype = options.get("offload", False), options.get("compute_dtype")
+    model = load_sharded(load, shape, mesh, device=CPU, compute_dtype=compute_dtype, offload=offload)
     return model, loads
 
 
@@ -114,6 +118,25 @@ def learns(folders: dict[str, Path], family: str, turns: list[Turn]) -> dict[str
     return {"full": averaged(full, turns), "half": averaged(half, turns), "checkpointed": averaged(lean, turns)}
 
 
+def offloaded(folders: dict[str, Path], turns: list[Turn]) -> dict[str, Any]:
+    """Where parts are after the strategy has moved the module to a device, for which the meta device stands."""
+    model, _ = sharded(folders["qwen2-untied"], offload=True)
+    found: dict[str, Any] = {"gradient": averaged(model, turns)}
+    for strategy in (OffloadedModelParallelStrategy(), ModelParallelStrategy()):
+        module = LightningModule()
+        module.student = model
+        strategy.parallel_devices, strategy._model = [torch.device("meta")], module
+        strategy.cluster_environment = LightningEnvironment()
+        strategy.model_to_device()
+        found[type(strategy).__name__] = {
+            "shards": {p.device.type for p in model.parameters()},
+            "gradients": {p.grad.device.type for p in model.parameters() if p.grad is not None},
+            "buffers": {buffer.device.type for buffer in model.buffers()},
+            "module": module.device.type,
+        }
+    return found
+
+
 def adapters(folders: dict[str, Path], turns: list[Turn]) -> dict[str, Any]:
     model, _ = sharded(folders["qwen2-untied"], with_adapters)
     before = {name: whole(p) for name, p in model.named_parameters()}
@@ -149,6 +172,7 @@ def one_process(rank: int, folder: Path, given: dict[str, Any]) -> None:
             "forgotten": a_weight_is_forgotten(folders),
             "missing": a_folder_is_missing(folders),
             **{f"learns {family}": learns(folders, family, turns) for family in ("llama-tied", "qwen2-untied")},
+            "offloaded": offloaded(folders, turns),
             "adapters": adapters(folders, turns),
             "teacher": scores(folders, tokenizer, turns),
             "sharded teacher": scores(folders, tokenizer, turns, sharded=True),
@@ -228,6 +252,24 @@ def test_shards_learn_what_the_whole_learns(found, folders, turns, family):
         assert {gradient.dtype for gradient in learnt["half"].values()} == {torch.float32}
         with pytest.raises(AssertionError):
             assert_near(learnt["half"], mean, 1e-4)  # it is computed in half precision
+
+
+def test_an_offloaded_student_learns_alike_and_stays_in_main_memory(found):
+    for rank in (0, 1):
+        told, full = found[rank]["offloaded"], found[rank]["learns qwen2-untied"]["full"]
+        assert told["gradient"].keys() == full.keys()
+        assert [name for name in full if not torch.equal(told["gradient"][name], full[name])] == []
+        ours, lightnings = (told[kind.__name__] for kind in (OffloadedModelParallelStrategy, ModelParallelStrategy))
+        assert ours == {"shards": {"cpu"}, "gradients": {"cpu"}, "buffers": {"meta"}, "module": "meta"}
+        assert lightnings["shards"] == {"meta"}
+
+
+def test_gpus_and_main_memory_each_have_their_backend():
+    strategy = OffloadedModelParallelStrategy()
+    strategy.parallel_devices, strategy.cluster_environment = [torch.device("cuda", 0)], LightningEnvironment()
+    assert strategy._get_process_group_backend() == "cpu:gloo,cuda:nccl"
+    strategy.parallel_devices = [CPU]
+    assert strategy._get_process_group_backend() == "gloo"
 
 
 def test_sharded_adapters_are_the_first_processs_and_learn_alone(found, folders):

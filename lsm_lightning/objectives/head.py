@@ -380,4 +380,7 @@ def _whole(parameter: Tensor | None) -> Tensor | None:
     """A sharded parameter gathered from all processes; its gradient is averaged over them, as FSDP2 does."""
     if not isinstance(parameter, DTensor):
         return parameter
-    return parameter.full_tensor(grad_placements=[Partial("avg")] * parameter.device_mesh.ndim)
+    mesh = parameter.device_mesh
+    on_device: Any = parameter.to(mesh.device_type)  # an offloaded one lies in main memory
+    gathered: Tensor = on_device.full_tensor(grad_placements=[Partial("avg")] * mesh.ndim)
+    return gathered

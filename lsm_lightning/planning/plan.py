@@ -20,7 +20,7 @@ from lsm_lightning.planning.hardware import Device, cpu, gpu
 from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
 from lsm_lightning.pretrained import check_model, context_of, locate
 from lsm_lightning.rollout import LocalEngine
-from lsm_lightning.sharding import shards_of
+from lsm_lightning.sharding import OffloadedModelParallelStrategy, shards_of
 from lsm_lightning.tasks.base import Task
 from lsm_lightning.teacher import LocalTeacher
 
@@ -157,7 +157,13 @@ def machine_of(trainer: Mapping[str, Any]) -> Machine:
     precision = {None: "32-true", "32": "32-true", "bf16": "bf16-mixed", "16": "16-mixed", "64": "64-true"}
     chosen = trainer.get("precision")
     chosen = None if chosen is None else str(chosen)
-    return Machine(processes=processes, shards=shards, precision=precision.get(chosen, chosen or ""), gpu=on_gpu)
+    return Machine(
+        processes=processes,
+        shards=shards,
+        offloaded=on_gpu and isinstance(strategy, OffloadedModelParallelStrategy),
+        precision=precision.get(chosen, chosen or ""),
+        gpu=on_gpu,
+    )
 
 
 def _devices(trainer: Mapping[str, Any], *, gpu: bool) -> int:
@@ -253,7 +259,7 @@ def _ways(
     variable = sum(phase.bytes.get(kind, 0) for kind in VARIABLE.get(phase.name, ()))
     room = limit - (phase.peak - variable)
     if phase.name == "update":  # of which smaller ones have the gradients of those before them beside them
-        gradients = of_task.rehearsal.phases[-1].bytes["gradients"]
+        gradients = of_task.rehearsal.phases[-1].bytes.get("gradients", 0)
         room -= max(0, gradients - phase.bytes.get("gradients", 0))
     if room > 0:
         yield _smaller(module, of_task, phase.name, room / variable)

@@ -37,7 +37,8 @@ def show(plan: Plan, console: Console) -> None:
         f"{'it fits' if plan.fits else 'it does not fit'} ({100 * USABLE:.0f} % count as usable)."
     )
     if machine.gpu:
-        console.print(f"While it loads, a process takes {first.host / GIB:.1f} GiB of the machine's memory.")
+        when = "With the student in it" if machine.offloaded else "While it loads"
+        console.print(f"{when}, a process takes {first.host / GIB:.1f} GiB of the machine's memory.")
     if plan.served:
         console.print(f"Without {', '.join(plan.served)}: servers have devices, memory and time of their own.")
     for line in plan.advice:

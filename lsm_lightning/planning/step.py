@@ -82,6 +82,10 @@ class Lengths:
         return math.ceil(self.episodes * self.turns / self.rows(tokens))
 
 
+SPREAD = ("student weights", "gradients", "optimiser state", "optimiser's temporaries")
+"""What FSDP2 spreads over processes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """What the trainer's settings make of a process."""
@@ -89,6 +93,8 @@ class Machine:
     processes: int = 1
     shards: int = 1
     """Over so many processes FSDP2 spreads the student's weights, gradients and optimiser state."""
+    offloaded: bool = False
+    """Whether those lie in main memory, not on the device."""
     precision: str = "32-true"
     gpu: bool = False
 
@@ -133,7 +139,8 @@ class Rehearsal:
     logits_never_made: int = 0
     """Bytes of a micro-batch's float32 logits over the vocabulary and of their gradient."""
     host: int = 0
-    """Bytes in the machine's memory while a process loads, since weights go through it on their way to a GPU."""
+    """Bytes in the machine's memory while a process loads, since weights go through it on their way to a GPU, or later
+    where the student lies there."""
 
 
 def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *, task: str) -> Rehearsal:
@@ -210,7 +217,8 @@ class _Step:
         self.student = student
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.share = own.itemsize / dtype.itemsize / machine.shards
-        """Bytes on this device for each byte of the student as it is rehearsed."""
+        """Bytes of this process for each byte of the student as it is rehearsed."""
+        self.share_on_device = 0.0 if machine.offloaded else self.share
         self.gathered = _gathered(student) if self._sharded else 0
         self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
         """DDP lays gradients out once more, to send them."""
@@ -319,7 +327,7 @@ class _Step:
             work["student's support"] = forward * batches
         more = {"gathered units": self.gathered, "DDP's buckets": self.buckets}
         if self._sharded:
-            more["gradients"] = round(self.share * self._gradient_bytes)
+            more["gradients"] = round(self.share_on_device * self._gradient_bytes)
         self._note("update", flops=work, more=more)
         self._optimiser_step()
         vocabulary = OutputHead.of(self.student).weight.shape[0]
@@ -331,6 +339,8 @@ class _Step:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.module.gradient_clip)
         with self.watch.label("optimiser's temporaries"):
             self.optimizer.step()
+        if self.machine.offloaded:
+            self.result.host = max(self.result.host, round(self.share * sum(self.watch.at_peak[k] for k in SPREAD)))
         self._note("optimiser", more={"DDP's buckets": self.buckets})
 
     # ---- their parts ------------------------------------------------------------------------------------------------
@@ -354,8 +364,8 @@ class _Step:
     ) -> None:
         """Write a phase down, with what is spread over processes divided among them; `task` is whose teacher works."""
         found = Counter(self.watch.at_peak)
-        for kind in ("student weights", "gradients", "optimiser state", "optimiser's temporaries"):
-            found[kind] = round(self.share * found[kind])
+        for kind in SPREAD:
+            found[kind] = round(self.share_on_device * found[kind])
         found["teachers' weights"] = sum(self._resident(teacher, name, task) for teacher in self.teachers)
         found.update(more or {})
         kept = {kind: size for kind, size in found.most_common() if size > 0}
