@@ -138,6 +138,11 @@ def spell(side: Side, text: bytes, tags: Sequence[str]) -> Spelling:
     return out
 
 
+def is_blank(character: str) -> bool:
+    """Unicode's White_Space, which is what tokenizers go by; Python counts four separators besides."""
+    return character.isspace() and character not in "\x1c\x1d\x1e\x1f"
+
+
 def _spell_text(side: Side, text: str, offset: int, tags: Sequence[str], out: Spelling) -> None:
     """Added tokens first, the leftmost and of those the longest; what lies between is split by itself."""
     wholes = {token.content: id for id, token in side.added.items() if not token.special or token.content in tags}
@@ -148,9 +153,9 @@ def _spell_text(side: Side, text: str, offset: int, tags: Sequence[str], out: Sp
             place += 1
             continue
         token, first, last = side.added[wholes[content]], place, place + len(content)
-        while token.lstrip and first > start and text[first - 1].isspace():
+        while token.lstrip and first > start and is_blank(text[first - 1]):
             first -= 1
-        while token.rstrip and last < len(text) and text[last].isspace():
+        while token.rstrip and last < len(text) and is_blank(text[last]):
             last += 1
         _spell_plain(side, text[start:first], offset + len(text[:start].encode()), out)
         out.ids.append(wholes[content])

@@ -59,6 +59,14 @@ def test_flags_policies_and_the_teachers_text_agree(case, pair, data):
     check(case, pair, [row], [mask])
 
 
+@pytest.mark.parametrize("name", ["blanks taken along", "blanks taken along by the student"])
+@pytest.mark.parametrize("blank", [" ", "\t\n", "\x85", "\u2003", "\x1c", "\x1f "])
+def test_what_is_taken_along_agrees_for_any_blank(name, blank):
+    case = CASES[name]()
+    row = case.student.tokenizer.encode(f"a{blank}ink 42{blank}<x>{blank}b", add_special_tokens=False).ids
+    check(case, case.pair(), [row], [[True] * len(row)])
+
+
 @settings(max_examples=5, deadline=None)
 @given(data=st.data())
 def test_tag_spans_agree(case, data):
