@@ -249,12 +249,16 @@ class OnPolicyDistillation(LightningModule):
         if isinstance(strategy := self.trainer.strategy, ModelParallelStrategy):
             shards_of(strategy, nodes=self.trainer.num_nodes, devices=self.trainer.num_devices)
         if stage == "fit":
-            offloaded = isinstance(strategy, OffloadedModelParallelStrategy)
-            device = torch.device("cpu") if offloaded else strategy.root_device
+            device = torch.device("cpu") if self._offloaded else strategy.root_device
             check_step(self.optimizer_of, self.lr_scheduler_of, device=device, max_steps=self.trainer.max_steps)
         check_model(self.student_name)
         for teacher in self.teachers.values():
             teacher.check()
+
+    @property
+    def _offloaded(self) -> bool:
+        """Whether the student and its optimizer rest in main memory."""
+        return isinstance(self.trainer.strategy, OffloadedModelParallelStrategy)
 
     def configure_model(self) -> None:
         """Load student and teachers; shard the student where the strategy is FSDP2 (`ModelParallelStrategy`)."""
@@ -309,7 +313,7 @@ class OnPolicyDistillation(LightningModule):
             self.device_mesh["data_parallel"],
             device=self.trainer.strategy.root_device,
             compute_dtype=torch.bfloat16 if self.trainer.precision == "bf16-mixed" else None,
-            offload=isinstance(self.trainer.strategy, OffloadedModelParallelStrategy),
+            offload=self._offloaded,
         )
 
     def prepared(self, student: PreTrainedModel) -> PreTrainedModel:

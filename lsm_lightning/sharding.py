@@ -121,7 +121,7 @@ def load_sharded(
     model = shape()
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(told.dtypes[name])
-    shard(model, mesh, compute_dtype=compute_dtype, offload=offload, pin=device.type == "cuda")
+    shard(model, mesh, compute_dtype=compute_dtype, offload=offload)
     model.to_empty(device="cpu" if offload else device)
     _tie(model)
     _fill(model, weights, told.buffers)
@@ -129,12 +129,7 @@ def load_sharded(
 
 
 def shard(
-    model: PreTrainedModel,
-    mesh: DeviceMesh,
-    *,
-    compute_dtype: torch.dtype | None = None,
-    offload: bool = False,
-    pin: bool = False,
+    model: PreTrainedModel, mesh: DeviceMesh, *, compute_dtype: torch.dtype | None = None, offload: bool = False
 ) -> None:
     """Make decoder layers and body FSDP2 units; so is the head, which is used apart from the body, unless it is tied.
 
@@ -143,12 +138,11 @@ def shard(
         mesh: The processes.
         compute_dtype: See `load_sharded`.
         offload: Likewise.
-        pin: Keep offloaded parts in memory that a GPU reads without a copy.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32
     )
-    resting = CPUOffloadPolicy(pin_memory=pin) if offload else OffloadPolicy()
+    resting = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     body: Any = model.base_model
     head: Any = model.get_output_embeddings()
     for unit in (*decoder_layers(model), body, *(() if _is_tied(model) else (head,))):

@@ -17,7 +17,7 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.optimizers import check_step
 from lsm_lightning.planning.hardware import Device, cpu, gpu
-from lsm_lightning.planning.step import Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
+from lsm_lightning.planning.step import STUDENT, Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
 from lsm_lightning.pretrained import check_model, context_of, locate
 from lsm_lightning.rollout import LocalEngine
 from lsm_lightning.sharding import OffloadedModelParallelStrategy, shards_of
@@ -34,7 +34,6 @@ VARIABLE = {
     "update": ("activations",),
 }
 """What grows with the rows of a phase's batches."""
-STUDENT = ("student weights", "gradients", "optimiser state")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -82,7 +82,8 @@ class Lengths:
         return math.ceil(self.episodes * self.turns / self.rows(tokens))
 
 
-SPREAD = ("student weights", "gradients", "optimiser state", "optimiser's temporaries")
+STUDENT = ("student weights", "gradients", "optimiser state")
+SPREAD = (*STUDENT, "optimiser's temporaries")
 """What FSDP2 spreads over processes."""
 
 
