@@ -272,10 +272,21 @@ def test_an_offloaded_student_takes_main_memory_instead(planned):
     there, here = phase(offloaded, "optimiser").bytes, phase(sharded, "optimiser").bytes
     assert not there.keys() & {"student weights", "gradients", "optimiser state"}
     moved = sum(here[kind] for kind in ("student weights", "gradients", "optimiser state"))
-    assert offloaded.tasks[0].rehearsal.host >= moved
+    resting = phase(offloaded, "optimiser").offloaded
+    assert offloaded.tasks[0].rehearsal.host >= resting >= moved
+    assert phase(sharded, "optimiser").offloaded == 0
     for name in ("rollout", "update"):
         assert phase(offloaded, name).peak < phase(sharded, name).peak
         assert phase(offloaded, name).bytes["gathered units"] == phase(sharded, name).bytes["gathered units"] > 0
+    # Each micro-batch brings the weights twice and takes the gradients back.
+    work = phase(offloaded, "update")
+    once = 2 * here["student weights"] + here["gradients"]
+    assert work.moved == pytest.approx(once * offloaded.tasks[0].lengths.batches(512), rel=1e-3)
+    assert phase(sharded, "update").moved == 0
+    slow, quick = offloaded.tasks[0].seconds, sharded.tasks[0].seconds
+    assert slow["offloaded layers"] == work.moved / offloaded.device.host_bandwidth
+    assert slow["optimiser"] == 2 * resting / offloaded.device.host_bandwidth
+    assert "offloaded layers" not in quick
 
 
 def test_processes_share_the_episodes_and_ddp_takes_a_bucket(common, planned):

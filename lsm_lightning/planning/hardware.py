@@ -13,6 +13,11 @@ ACHIEVED_BANDWIDTH = 0.7
 """Of the peak that decoding reaches, likewise."""
 
 
+HOST_BANDWIDTH = 25e9
+"""Bytes a second between a GPU and main memory, and within it: what PCIe 4.0 x16 reaches of its 32 GB/s, and about what
+one of eight processes gets of a server's main memory."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """One device as a plan sees it."""
@@ -24,6 +29,8 @@ class Device:
     """That are achieved a second."""
     bandwidth: float
     """Bytes a second that are achieved."""
+    host_bandwidth: float = HOST_BANDWIDTH
+    """Bytes a second to and in main memory, where the student is offloaded."""
 
 
 @dataclass(frozen=True)

@@ -221,14 +221,20 @@ def _lengths(
 
 
 def _seconds(phases: list[Phase], device: Device) -> dict[str, float]:
-    """FLOPs over what is achieved; decoding takes as long as reading weights and cache if that is longer."""
+    """FLOPs over what is achieved; decoding takes as long as reading weights and cache if that is longer.
+
+    Moving offloaded layers is counted on its own, as if nothing were computed meanwhile.
+    """
     seconds: dict[str, float] = {}
     for phase in phases:
         for part, flops in phase.flops.items():
             reading = phase.read / device.bandwidth if part == "decode" else 0.0
             seconds[part] = max(flops / device.flops, reading)
+        if phase.moved:
+            seconds["offloaded layers"] = phase.moved / device.host_bandwidth
         if phase.name == "optimiser":  # everything is read and written once
-            seconds["optimiser"] = 2 * sum(phase.bytes.get(kind, 0) for kind in STUDENT) / device.bandwidth
+            here = sum(phase.bytes.get(kind, 0) for kind in STUDENT)
+            seconds["optimiser"] = 2 * (here / device.bandwidth + phase.offloaded / device.host_bandwidth)
     return seconds
 
 

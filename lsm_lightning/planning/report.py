@@ -39,6 +39,11 @@ def show(plan: Plan, console: Console) -> None:
     if machine.gpu:
         when = "With the student in it" if machine.offloaded else "While it loads"
         console.print(f"{when}, a process takes {first.host / GIB:.1f} GiB of the machine's memory.")
+    if machine.offloaded:
+        console.print(
+            f"Offloaded layers and the optimiser are counted at {plan.device.host_bandwidth / 1e9:.0f} GB/s to and in "
+            "main memory; layers may well move while others compute."
+        )
     if plan.served:
         console.print(f"Without {', '.join(plan.served)}: servers have devices, memory and time of their own.")
     for line in plan.advice:

@@ -121,6 +121,10 @@ class Phase:
     """Of a whole step, by kind of work."""
     read: float = 0.0
     """Bytes of weights and KV cache that decoding reads in a whole step."""
+    offloaded: int = 0
+    """Bytes of the student that rest in main memory meanwhile."""
+    moved: float = 0.0
+    """Bytes of it that go to the device or come back in a whole step."""
 
     @property
     def peak(self) -> int:
@@ -189,7 +193,7 @@ def optimizer_of(module: OnPolicyDistillation, machine: Machine) -> MakeOptimize
 
     def make(parameters: Iterable[Any]) -> torch.optim.Optimizer:
         optimizer = module.optimizer_of(parameters)
-        for group in optimizer.param_groups if machine.gpu else ():
+        for group in optimizer.param_groups if machine.gpu and not machine.offloaded else ():
             if "foreach" in group and group["foreach"] is None and not group.get("fused"):
                 group["foreach"] = True  # what torch chooses there
             if group.get("capturable"):
@@ -219,7 +223,6 @@ class _Step:
         self.trained = [parameter for parameter in student.parameters() if parameter.requires_grad]
         self.share = own.itemsize / dtype.itemsize / machine.shards
         """Bytes of this process for each byte of the student as it is rehearsed."""
-        self.share_on_device = 0.0 if machine.offloaded else self.share
         self.gathered = _gathered(student) if self._sharded else 0
         self.buckets = self._gradient_bytes if machine.processes > 1 and not self._sharded else 0
         """DDP lays gradients out once more, to send them."""
@@ -327,9 +330,13 @@ class _Step:
         if self.module.objective.student_tokens:
             work["student's support"] = forward * batches
         more = {"gathered units": self.gathered, "DDP's buckets": self.buckets}
+        moved = 0.0
         if self._sharded:
-            more["gradients"] = round(self.share_on_device * self._gradient_bytes)
-        self._note("update", flops=work, more=more)
+            self.watch.at_peak["gradients"] = self._gradient_bytes
+        if self.machine.offloaded:  # weights for each pass, gradients on their way back
+            weights = (3 if self.module.objective.student_tokens else 2) * self.watch.live["student weights"]
+            moved = self.share * (weights + self._gradient_bytes) * batches
+        self._note("update", flops=work, more=more, moved=moved)
         self._optimiser_step()
         vocabulary = OutputHead.of(self.student).weight.shape[0]
         self.result.logits_never_made = 2 * 4 * rows * lengths.new * vocabulary
@@ -340,8 +347,6 @@ class _Step:
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), self.module.gradient_clip)
         with self.watch.label("optimiser's temporaries"):
             self.optimizer.step()
-        if self.machine.offloaded:
-            self.result.host = max(self.result.host, round(self.share * sum(self.watch.at_peak[k] for k in SPREAD)))
         self._note("optimiser", more={"DDP's buckets": self.buckets})
 
     # ---- their parts ------------------------------------------------------------------------------------------------
@@ -362,15 +367,22 @@ class _Step:
         flops: dict[str, float] | None = None,
         read: float = 0.0,
         more: dict[str, int] | None = None,
+        moved: float = 0.0,
     ) -> None:
         """Write a phase down, with what is spread over processes divided among them; `task` is whose teacher works."""
         found = Counter(self.watch.at_peak)
+        offloaded = 0
         for kind in SPREAD:
-            found[kind] = round(self.share_on_device * found[kind])
+            size = round(self.share * found[kind])
+            found[kind] = 0 if self.machine.offloaded else size
+            offloaded += size - found[kind]
+        self.result.host = max(self.result.host, offloaded)
         found["teachers' weights"] = sum(self._resident(teacher, name, task) for teacher in self.teachers)
         found.update(more or {})
         kept = {kind: size for kind, size in found.most_common() if size > 0}
-        self.result.phases.append(Phase(name=name, bytes=kept, flops=flops or {}, read=read))
+        self.result.phases.append(
+            Phase(name=name, bytes=kept, flops=flops or {}, read=read, offloaded=offloaded, moved=moved)
+        )
 
     def _resident(self, teacher: str, phase: str, task: str | None) -> int:
         """Bytes of a teacher's weights on this device; while it writes answers it is whole."""
