@@ -7,6 +7,9 @@ class ConfigurationError(ValueError):
     The command line prints its text as one line, without a traceback, and exits with status 2.
     """
 
+    agreed = False
+    """Whether all processes of the run raise it together, and can save a checkpoint together."""
+
 
 class CheckpointError(ConfigurationError):
     """A checkpoint cannot be written, say because the disk is full; the previous one is left as it is."""

@@ -45,7 +45,7 @@ from lsm_lightning.pretrained import (
     load_tokenizer,
     turn_end_ids,
 )
-from lsm_lightning.processes import gather
+from lsm_lightning.processes import gather, together
 from lsm_lightning.random_states import RandomStates, random_states, restore_random_states
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
@@ -411,7 +411,7 @@ class OnPolicyDistillation(LightningModule):
             with clock.phase("support"):
                 added = self._added_tokens(turns, groups)
             with clock.phase("teacher"):
-                support = ahead.result(turns) if ahead else teacher.score(turns, added)
+                support = self._scored(teacher, ahead, turns, added)
         with clock.phase("mask"):
             mask = loss_mask(teacher.pair, turns, self.mask)
             keep = kept(mask, support, sampled=self.objective.compares_sampled)
@@ -438,6 +438,14 @@ class OnPolicyDistillation(LightningModule):
         if not teacher.elsewhere or self.objective.student_tokens:
             return nullcontext()
         return ScoringAhead(lambda turns: teacher.score(turns, self._sampled_tokens(turns)))
+
+    def _scored(
+        self, teacher: Teacher, ahead: ScoringAhead | None, turns: list[Turn], added: Int[Tensor, "n c"]
+    ) -> Support:
+        if ahead:
+            return together(lambda: ahead.result(turns))
+        # Processes may share a local teacher, and wait for each other in there.
+        return together(lambda: teacher.score(turns, added)) if teacher.elsewhere else teacher.score(turns, added)
 
     def _added_tokens(self, turns: list[Turn], groups: list[list[int]]) -> Int[Tensor, "n c"]:
         """Student ids that the objective compares besides the teacher's top tokens."""
@@ -466,13 +474,15 @@ class OnPolicyDistillation(LightningModule):
             for index in batch.indices
             for sample in range(batch.samples_per_prompt)
         ]
-        return collect(
-            episodes,
-            self.player(self.sampling),
-            max_new_tokens=task.max_new_tokens,
-            on_progress=self.on_rollout_progress,
-            on_round=on_round,
-            span=self.trainer.profiler.profile,  # type: ignore[attr-defined]
+        return together(
+            lambda: collect(
+                episodes,
+                self.player(self.sampling),
+                max_new_tokens=task.max_new_tokens,
+                on_progress=self.on_rollout_progress,
+                on_round=on_round,
+                span=self.trainer.profiler.profile,  # type: ignore[attr-defined]
+            )
         )
 
     def update(
@@ -608,8 +618,8 @@ class OnPolicyDistillation(LightningModule):
         if player is None:
             self.engine.sync(self.student)
             player = self.player(self.eval_sampling)
-        indices = self._data.eval_indices(task)
-        played = evaluate(self._data.tasks[task], player, indices=indices, seed=self.seed, on_progress=on_progress)
+        indices, of_task = self._data.eval_indices(task), self._data.tasks[task]
+        played = together(lambda: evaluate(of_task, player, indices=indices, seed=self.seed, on_progress=on_progress))
         rate = SuccessRate().to(self.device)
         rate.update(torch.tensor([trajectory.reward for trajectory in played], device=self.device))
         score = {name: value.item() for name, value in rate.compute().items()}

@@ -43,20 +43,22 @@ def gather(value: T) -> list[T]:
     return values
 
 
-def together(work: Callable[[], None]) -> None:
-    """Do this process's part and wait for the others; where one fails, all raise the same.
+def together(work: Callable[[], T]) -> T:
+    """Do this process's part, in which none waits for another, and wait for the others; where one fails, all do.
 
     Raises:
-        ConfigurationError: The first failure, of whatever kind of it.
+        ConfigurationError: The first failure, of whatever kind of it; `agreed`.
     """
     failure: ConfigurationError | None = None
     try:
-        work()
+        result = work()
     except ConfigurationError as error:
         failure = error
     failures = [error for error in gather(failure) if error is not None]
     if failures:
+        failures[0].agreed = True
         raise failures[0]
+    return result
 
 
 def share(servers: Sequence[str], rank: int, processes: int) -> list[str]:

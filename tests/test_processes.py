@@ -25,8 +25,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from lsm_lightning import checkpoints
 from lsm_lightning import module as module_module
 from lsm_lightning import update as update_module
+from lsm_lightning.callbacks.checkpoint import Checkpoint
 from lsm_lightning.cli import TRAINER_DEFAULTS
 from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.errors import ConfigurationError
@@ -140,6 +142,7 @@ CASES = [
     Case(evaluate=True, fault="everyone plays all"),
     Case(strategy="auto"),
 ]
+BREAKS = {strategy: Case(strategy=strategy, fault="one cannot play on") for strategy in STRATEGIES}
 HANGS = Case(strategy="fsdp2", fault="other numbers of micro-batches")
 
 
@@ -189,7 +192,21 @@ def made_wrong(fault: str | None) -> Iterator[None]:
             )
         elif fault == "everyone plays all":
             patch.setattr(AlternatingTasks, "eval_indices", lambda self, name: range(self.tasks[name].test_size()))
+        elif fault == "one cannot play on":
+            patch.setattr(module_module, "collect", breaking_second_step(module_module.collect))
         yield
+
+
+def breaking_second_step(right: Any) -> Any:
+    steps: list[object] = []
+
+    def collect(*arguments: Any, **options: Any) -> Any:
+        steps.append(arguments)
+        if len(steps) == 2 and distributed.get_rank() == 1:
+            raise ConfigurationError("The game is lost.")
+        return right(*arguments, **options)
+
+    return collect
 
 
 class Gradients(Callback):
@@ -306,16 +323,19 @@ def see(case: Case, models: Path) -> dict[str, Any]:
         gradient_clip=1e9,
     )
     data = AlternatingTasks(tasks, prompts_per_step=3, samples_per_prompt=2)  # type: ignore[arg-type]
+    saved = models / f"saved-{case.strategy}"
+    checkpoint = Checkpoint(dirpath=saved, filename="last", save_top_k=0, save_last=True, save_on_exception=True)
+    breaks = case in BREAKS.values()
     trainer = Trainer(
         accelerator="cpu", devices=int(os.environ.get("WORLD_SIZE", "1")), strategy=strategy_of(case),
-        max_steps=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Gradients(seen)],
-        **TRAINER_DEFAULTS,
+        max_steps=2 if breaks else 1, logger=False, enable_checkpointing=breaks, enable_progress_bar=False,
+        callbacks=[Gradients(seen), *([checkpoint] if breaks else [])], **TRAINER_DEFAULTS,
     )  # fmt: skip
     with made_wrong(case.fault), masked(case), watched(seen):
         try:
             trainer.validate(module, data, verbose=False) if case.evaluate else trainer.fit(module, data)
         except ConfigurationError as error:
-            return seen | {"error": str(error)}
+            return seen | {"error": str(error), "saved": sorted(path.name for path in saved.glob("*"))}
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if "/seconds/" not in name}
     split = "test" if case.evaluate else "train"
     played = {name: [index for of, index in task.played if of == split] for name, task in tasks.items()}
@@ -389,7 +409,7 @@ def models(student_tokenizer, teacher_tokenizer, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def seen_by_two(models: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Case, list[Any]], bool]:
-    return by_two([*CASES, HANGS], models, tmp_path_factory.mktemp("two"))
+    return by_two([*CASES, *BREAKS.values(), HANGS], models, tmp_path_factory.mktemp("two"))
 
 
 @pytest.fixture(scope="module")
@@ -518,14 +538,26 @@ def test_problems_that_are_played_twice_are_seen(two):
 @each_step
 @each_strategy
 def test_a_step_needs_four_sums_outside_of_the_student(two, strategy, name):
-    """Micro-batches, counts, metrics and the largest gap of the sampler; Lightning puts a barrier before each."""
+    """Micro-batches, counts, metrics and the largest gap of the sampler; Lightning puts a barrier before each.
+
+    Before them processes tell each other that they have played their episodes.
+    """
     for share in two[replace(STEPS[name], strategy=strategy)]:
-        assert share["collectives"] == ["barrier", "all_reduce"] * 4
+        assert share["collectives"] == ["all_gather_object", *["barrier", "all_reduce"] * 4]
 
 
 def test_metrics_that_are_summed_one_by_one_are_counted(two):
     for share in two[Case(fault="metric by metric")]:
         assert len(share["collectives"]) > 40
+
+
+@each_strategy
+def test_what_ends_one_process_ends_all_after_a_checkpoint(two, models, strategy):
+    for share in two[BREAKS[strategy]]:
+        assert share["error"] == "The game is lost."
+        assert "last.ckpt" in share["saved"]
+    saved = checkpoints.load(models / f"saved-{strategy}" / "last.ckpt")
+    assert saved["global_step"] == 1
 
 
 @each_step

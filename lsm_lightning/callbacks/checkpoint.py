@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.api import CheckpointException
 
 from lsm_lightning.callbacks import atomic
-from lsm_lightning.callbacks.signals import Stopped, StopSignals
+from lsm_lightning.callbacks.signals import StopSignals
 from lsm_lightning.checkpoints import load, point
 from lsm_lightning.errors import CheckpointError, ConfigurationError, TrainingDivergedError
 from lsm_lightning.processes import gather
@@ -76,12 +76,11 @@ class Checkpoint(ModelCheckpoint):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Save where training broke off, unless its state is ruined, or other processes would have to help.
 
-        Of several processes one may be alone with its exception: only a signal reaches all of them.
+        Of several processes one may be alone with its exception, if they have not agreed on it.
         """
         half_updated = getattr(pl_module, "half_updated", False)
         ruined = half_updated or isinstance(exception, TrainingDivergedError | CheckpointError)
-        agreed = isinstance(exception, Stopped) and exception.agreed
-        alone = trainer.world_size > 1 and not agreed
+        alone = trainer.world_size > 1 and not getattr(exception, "agreed", False)
         if ruined or alone or not self._training or not self._should_save_on_exception(trainer):
             return
         if self.save_last is True:  # Lightning would save twice
