@@ -97,13 +97,11 @@ def _places(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
 ) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"]]:
     """Of each response token the number of its sequence, and the position before it there."""
-    places = [
-        (number, len(prompt) + j - 1)
-        for number, (prompt, response) in enumerate(zip(prompts, responses, strict=True))
-        for j in range(len(response))
-    ]
-    place = torch.tensor(places, dtype=torch.long, device=device).reshape(-1, 2)
-    return place[:, 0], place[:, 1]
+    lengths = np.array([len(response) for response in responses], np.int64)
+    number = np.repeat(np.arange(len(lengths)), lengths)
+    first = np.array([len(prompt) for prompt in prompts], np.int64) - (lengths.cumsum() - lengths) - 1
+    column = np.arange(len(number)) + first[number]
+    return torch.from_numpy(number).to(device), torch.from_numpy(column).to(device)
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Float[Tensor, "n d"]:

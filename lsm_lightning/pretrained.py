@@ -195,13 +195,16 @@ def turn_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
 
 def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str, str]]]) -> list[list[int]]:
     """Token ids of conversations under the tokenizer's chat template, generation prefix included."""
+    keys = [tuple(tuple(message.items()) for message in messages) for messages in conversations]
+    distinct = dict(zip(keys, conversations, strict=True))  # the answers of a group share their prompt
     texts = [
         tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        for messages in conversations
+        for messages in distinct.values()
     ]
     # A tokenizer cannot encode no texts at all.
-    ids: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    return ids
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    of_key = dict(zip(distinct, ids, strict=True))
+    return [list(of_key[key]) for key in keys]
 
 
 @contextmanager

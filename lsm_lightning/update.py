@@ -12,6 +12,7 @@ from lsm_lightning.batching import TokenBatch, group_by_length, hidden_states, r
 from lsm_lightning.objectives import Objective, Positions
 from lsm_lightning.objectives.base import SAMPLER_GAP
 from lsm_lightning.objectives.head import NORMALISER_ELEMENTS, OutputHead
+from lsm_lightning.top_k import top_k
 from lsm_lightning.types import Support, Turn
 
 WATCHED_POSITIONS = 256
@@ -115,7 +116,7 @@ def student_top_tokens(
         head = OutputHead.of(student)
         chunk = max(1, NORMALISER_ELEMENTS // head.weight.shape[0])
         for part, places_of_part in zip(hidden.split(chunk), rows.split(chunk), strict=True):
-            top[places_of_part] = head.all_logits(part).topk(k, -1).indices
+            top[places_of_part] = top_k(head.all_logits(part), k)[1]
     return top
 
 

@@ -42,6 +42,7 @@ from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.sharding import decoder_layers
 from lsm_lightning.teacher import LocalTeacher, ServedTeacher, Teacher
 from lsm_lightning.teacher.scoring import LOGITS_AT_ONCE
+from lsm_lightning.top_k import top_k
 from lsm_lightning.types import Support
 from lsm_lightning.update import WATCHED_POSITIONS
 
@@ -567,8 +568,8 @@ def _top_tokens(head: OutputHead, hidden: Tensor, k: int | None, *, merged: bool
     if merged:
         end = torch.zeros(1, dtype=torch.long)
         log_probs = log_probs.index_fill(-1, end, -torch.inf).index_copy_(-1, end, log_probs[:, :1])
-    members = torch.where(torch.empty(log_probs.shape[1], dtype=torch.bool), log_probs, -torch.inf)
-    members.topk(k or members.shape[1], -1)
+    log_probs.add_(torch.empty(log_probs.shape[1]))
+    top_k(log_probs, k or log_probs.shape[1])
 
 
 def _gathered(student: PreTrainedModel) -> int:

@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from itertools import islice
@@ -43,7 +43,8 @@ class Answer:
     prompt: tuple[int, ...]
     limit: int
     """Most tokens."""
-    random: np.random.Generator
+    numbers: Iterator[float]
+    """From 0 to 1, one for each token."""
     ids: list[int] = field(default_factory=list)
     log_probs: list[float] = field(default_factory=list)
     ended: bool = False
@@ -53,7 +54,7 @@ class Answer:
     def of(cls, request: Request, max_new_tokens: int) -> "Answer":
         """Nothing is written yet."""
         limit = request.longest(max_new_tokens)
-        return cls(prompt=tuple(request.ids), limit=limit, random=np.random.default_rng(request.seed))
+        return cls(prompt=tuple(request.ids), limit=limit, numbers=_numbers(request.seed))
 
     def add(self, token: int, log_prob: float, ends: Ends) -> bool:
         """One more token, with its log-prob; tells whether the answer goes on."""
@@ -193,7 +194,7 @@ class Batch:
 
     def _draw(self, answers: Sequence[Answer], logits: Float[Tensor, "a v"]) -> tuple[Int[Tensor, " a"], list[int]]:
         """A token for each, and which of them go on."""
-        numbers = [answer.random.random() for answer in answers]
+        numbers = [next(answer.numbers) for answer in answers]
         tokens, drawn = sample(logits, torch.tensor(numbers, dtype=torch.float32, device=logits.device), self.sampling)
         log_probs = drawn.tolist()
         check_finite(all(map(math.isfinite, log_probs)))
@@ -216,6 +217,13 @@ class Batch:
             self.cache.shorten(max(len(answer.prompt) + len(answer.ids) - 1 for answer in self.writing))
         else:
             self.cache = None
+
+
+def _numbers(seed: int) -> Iterator[float]:
+    """Random ones, drawn many at a time: asking numpy takes longer than drawing."""
+    random = np.random.default_rng(seed)
+    while True:
+        yield from random.random(64).tolist()
 
 
 def more_columns(length: int, needed: int) -> int:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.top_k import top_k
 from tokenalign import Pair, VocabMap, project_topk
 
 
@@ -160,8 +161,8 @@ class Translation:
     def _top(
         self, log_probs: Float[Tensor, "n v"], k: int
     ) -> tuple[Int[Tensor, "n k"], Float[Tensor, "n k"], Float[Tensor, " n"]]:
-        top = log_probs.topk(k, -1)
-        translated = project_topk(self.vocab, top.indices.cpu().numpy(), top.values.cpu().numpy())
+        top, indices = top_k(log_probs, k)
+        translated = project_topk(self.vocab, indices.cpu().numpy(), top.cpu().numpy())
         ids, values, lost = (torch.from_numpy(array).to(log_probs.device) for array in translated)
         return ids.long(), values, lost.to(values.dtype)
 
