@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def top_k(values: Float[Tensor, "n v"], k: int) -> tuple[Float[Tensor, "n k"], Int[Tensor, "n k"]]:
-    """What `values.topk(k)` gives; on a CPU, with hundreds of rows, in half the time.
+    """What `values.topk(k)` gives, in less time on a CPU where rows are many.
 
     Columns are dealt out to groups. The K largest values lie in the K groups with the largest maxima, and maxima take
     one quick pass, so that only few columns are put in order.
