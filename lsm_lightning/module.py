@@ -714,7 +714,9 @@ class OnPolicyDistillation(LightningModule):
         checkpoint["student"] = self.student_name
         if self._keeps_adapters_only:
             checkpoint["state_dict"] = {n: w for n, w in checkpoint["state_dict"].items() if is_adapters(n)}
-        checkpoint[resuming.NOTE] = {"seed": self.seed, **resuming.trained(self), "optimizer": None}
+        checkpoint[resuming.NOTE] = {
+            "seed": self.seed, "step": self._step_note, **resuming.trained(self), "optimizer": None
+        }  # fmt: skip
         if "optimizer_states" in checkpoint:
             checkpoint[resuming.NOTE] |= self._optimizer_note
             checkpoint["optimizer_states"] = [self._named(state) for state in checkpoint["optimizer_states"]]
@@ -776,6 +778,8 @@ class OnPolicyDistillation(LightningModule):
                 self._restoring = checkpoint
             else:
                 self._change(self.trainer.optimizers[0].param_groups, checkpoint)
+            if other := resuming.told(checkpoint[resuming.NOTE].get("step", self._step_note), self._step_note):
+                self.print(f"Going on with other settings of the step: {other}.")
         self._skipped = checkpoint.get("skipped_steps", 0)
         states: list[RandomStates] = checkpoint.get("random_states", [])
         if len(states) == self.trainer.world_size:
@@ -785,6 +789,12 @@ class OnPolicyDistillation(LightningModule):
                 f"Going on with {self.trainer.world_size} instead of {len(states)} processes: every step has the same "
                 "problems and rollouts, dealt out anew, so results agree up to rounding; dropout draws other numbers."
             )
+
+    @property
+    def _step_note(self) -> dict[str, str]:
+        return resuming.of_step(
+            self.objective, self.teachers, mask=self.mask, reduction=self.reduction, sampling=self.sampling
+        )
 
     @property
     def _keeps_adapters_only(self) -> bool:

@@ -11,7 +11,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from lsm_lightning.errors import ConfigurationError
+from lsm_lightning.objectives import Objective
 from lsm_lightning.student import is_adapters
+from lsm_lightning.teacher import Teacher
 
 NOTE = "run"
 """Where a checkpoint keeps what is noted here."""
@@ -55,6 +57,30 @@ def check_trained(note: Note, module: nn.Module) -> None:
                 f"The checkpoint's adapters were trained with other factors: {name} has {note['scaling'][name]}, not "
                 f"{scaling}. {_same('model.lora.lora_alpha')}"
             )
+
+
+def of_step(objective: Objective, teachers: Mapping[str, Teacher], **settings: object) -> dict[str, str]:
+    """What a step teaches with, by setting, as a note.
+
+    Args:
+        objective: As it was made.
+        teachers: By task.
+        settings: Others of the step.
+    """
+    note = {"model.objective": _described(objective)}
+    note |= {
+        f"model.teachers.{task}": str(getattr(of_task, "path", _kind(of_task))) for task, of_task in teachers.items()
+    }
+    return note | {f"model.{name}": str(value) for name, value in settings.items()}
+
+
+def told(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """What of two notes differs, for people; empty where nothing does."""
+    return ", ".join(
+        f"{name} {now.get(name, 'none')} instead of {before.get(name, 'none')}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    )
 
 
 def of_optimizer(optimizer: Optimizer, module: nn.Module) -> dict[str, Any]:
@@ -185,6 +211,11 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, tuple | list):
         return all(map(_is_plain, value))
     return value is None or isinstance(value, bool | int | float | str)
+
+
+def _described(thing: object) -> str:
+    settings = ", ".join(f"{name}={_shown(value)}" for name, value in _plain(vars(thing)).items())
+    return f"{type(thing).__name__}({settings})"
 
 
 def _shown(value: Any) -> str:

@@ -535,6 +535,20 @@ def test_what_the_command_line_changes_holds(prepare, run, capfd, schedule, more
     assert rates(folder)[-1] == pytest.approx(last * factor, rel=1e-9)
 
 
+def test_other_settings_of_the_step_are_told(prepare, run, capfd):
+    folder = prepare(steps=1)
+    assert run(*fit(folder)) == 0
+    changed = ("--model.objective.init_args.temperature", "2.0", "--model.sampling.top_p", "0.8")
+    told = []
+    for steps, more in ((2, ()), (3, changed), (4, changed)):
+        assert run(*go_on(folder, "--trainer.max_steps", str(steps), *more)) == 0
+        told += [line for line in capfd.readouterr().out.splitlines() if "settings of the step" in line]
+    (line,) = told
+    assert "temperature=2) instead of LocalSupportMatching(" in line
+    assert "top_p=0.8" in line
+    assert "model.mask" not in line
+
+
 @pytest.mark.slow
 def test_what_the_command_line_changes_holds_in_shards(prepare):
     """A learning rate, and a schedule where there was none; then the same from one process."""
