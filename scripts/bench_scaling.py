@@ -5,7 +5,7 @@
 
 1. One process against two (DDP, FSDP2), one thread each, on the same step: its problems are shared out.
 2. Where the seconds of a step go: models (forward and backward passes, heads), environment (questions, grades, games),
-   and everything else, which is ours.
+   and everything else, which is ours; also for steps as in the quickstart, and the two of them together.
 3. Micro-batch sizes: seconds and memory of the update; the result is the same.
 4. Cost against tokens at one length: the exponent of a power law, 1 where cost is linear.
 5. Cost a token against length at one number of tokens: a + b * length, where b is attention, which is quadratic in a
@@ -87,6 +87,9 @@ def parameters_of(model: PreTrainedModel) -> str:
     return f"{sum(p.numel() for p in model.parameters()) / 1e6:.1f} M"
 
 
+QUICKSTART = "quickstart"
+"""Steps of the size that configs/quickstart.yaml has."""
+
 # ---- one process against two, and what is spent outside of the models -----------------------------------------------
 
 
@@ -100,6 +103,7 @@ class Case:
     strategy: str
     prompts: int
     steps: int
+    samples: int = 2
 
 
 class Stopwatch:
@@ -202,7 +206,9 @@ def run_case(case: Case, processes: int, watch: Stopwatch) -> dict[str, Any]:
         engine=LocalEngine(),
         micro_batch_tokens=8192,
     )
-    data = AlternatingTasks({case.task: tasks[case.task]}, prompts_per_step=case.prompts, samples_per_prompt=2)
+    data = AlternatingTasks(
+        {case.task: tasks[case.task]}, prompts_per_step=case.prompts, samples_per_prompt=case.samples
+    )
     steps = Steps(watch)
     Trainer(
         accelerator="cpu", devices=processes, strategy=strategy, max_steps=WARM_UP + case.steps, callbacks=[steps],
@@ -237,9 +243,12 @@ def bench_processes(quick: bool, folder: Path) -> list[dict[str, Any]]:
         {"task": "math", "label": label, "student": student, "prompts": prompts, "steps": steps}
         for label, student in (("embedded", "embedded:student"), ("made", made))
     ]
-    game = {"task": "alfworld", "label": "embedded", "student": "embedded:student", "prompts": 2, "steps": steps}
+    quickstart = [
+        {"task": task, "label": QUICKSTART, "student": "embedded:student", "steps": steps, **sizes}
+        for task, sizes in (("math", {"prompts": 32, "samples": 1}), ("alfworld", {"prompts": 4, "samples": 4}))
+    ]
     cases = {
-        1: [Case(**case, strategy="-") for case in (*math_cases, game)],
+        1: [Case(**case, strategy="-") for case in (*math_cases, *quickstart)],
         2: [Case(**case, strategy=strategy) for case in math_cases for strategy in ("DDP", "FSDP2")],
     }
     results = []
@@ -256,7 +265,7 @@ def compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Seconds a step beside those of one process."""
     rows = []
     for result in results:
-        if result["task"] != "math":
+        if result["label"] == QUICKSTART:
             continue
         one = next(r for r in results if r["processes"] == 1 and (r["task"], r["label"]) == ("math", result["label"]))
         rows.append(
@@ -301,6 +310,9 @@ def outside(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 **{phase: 1000 * seconds for phase, seconds in rest.items() if phase != "support"},
             }
         )
+    if both := [row for row in rows if row["student"] == QUICKSTART]:
+        summed = {name: sum(row[name] for row in both) for name, value in both[0].items() if isinstance(value, float)}
+        rows.append(both[0] | summed | {"task": "both", "%": 100 * summed["outside"] / summed["all"]})
     return rows
 
 

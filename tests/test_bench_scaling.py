@@ -11,7 +11,7 @@ from lsm_lightning.module import Clock
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
-from bench_scaling import Stopwatch, exponents, growth, outside
+from bench_scaling import QUICKSTART, Stopwatch, exponents, growth, outside
 
 
 def rows(cost: Any) -> list[dict[str, Any]]:
@@ -53,6 +53,16 @@ def test_a_step_is_models_environment_and_the_rest():
             "between": 1000,
         }
     )
+
+
+def test_the_two_tasks_of_the_quickstart_are_summed():
+    def step(task: str, seconds: float, model: float) -> dict[str, Any]:
+        same = {"label": QUICKSTART, "processes": 1, "strategy": "-"}
+        return same | {"task": task, "all": seconds, "update/all": seconds, "update/model": model}
+
+    both = outside([step("math", 1.0, 0.5), step("alfworld", 9.0, 8.5)])[-1]
+    assert (both["task"], both["%"]) == ("both", pytest.approx(10))
+    assert (both["all"], both["model"], both["outside"]) == pytest.approx((1e4, 9e3, 1e3))
 
 
 def test_nested_calls_are_counted_once_and_where_they_belong():
