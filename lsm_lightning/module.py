@@ -474,7 +474,7 @@ class OnPolicyDistillation(LightningModule):
             for index in batch.indices
             for sample in range(batch.samples_per_prompt)
         ]
-        return together(
+        trajectories = together(
             lambda: collect(
                 episodes,
                 self.player(self.sampling),
@@ -484,6 +484,8 @@ class OnPolicyDistillation(LightningModule):
                 span=self.trainer.profiler.profile,  # type: ignore[attr-defined]
             )
         )
+        self.engine.rest()
+        return trajectories
 
     def update(
         self,
@@ -615,11 +617,14 @@ class OnPolicyDistillation(LightningModule):
             player: Who plays; the student as it is now, if not given.
             on_progress: Told (finished, all) episodes of this process.
         """
+        students = player is None
         if player is None:
             self.engine.sync(self.student)
             player = self.player(self.eval_sampling)
         indices, of_task = self._data.eval_indices(task), self._data.tasks[task]
         played = together(lambda: evaluate(of_task, player, indices=indices, seed=self.seed, on_progress=on_progress))
+        if students:
+            self.engine.rest()
         rate = SuccessRate().to(self.device)
         rate.update(torch.tensor([trajectory.reward for trajectory in played], device=self.device))
         score = {name: value.item() for name, value in rate.compute().items()}

@@ -49,6 +49,7 @@ class FakeServer:
         max_logprobs: As vLLM's option.
         deaf: Whether new weights are accepted and not loaded.
         forgets: Whether the prefix cache is emptied when it should be.
+        sleepless: Whether it is told to sleep and does not.
     """
 
     folder: Path
@@ -57,6 +58,7 @@ class FakeServer:
     max_logprobs: int = 20
     deaf: bool = False
     forgets: bool = True
+    sleepless: bool = False
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Paths and bodies of what was posted."""
@@ -68,6 +70,8 @@ class FakeServer:
         self.cached: dict[tuple[int, ...], PreTrainedModel] = {}
         """Prompts, and whose keys and values are kept of them."""
         self.paused = False
+        self.asleep: set[str] = set()
+        """What it has given back: weights, kv_cache."""
         self.lives = 0
         self.version = "default"
         self.listen()
@@ -94,6 +98,7 @@ class FakeServer:
     def restart(self) -> None:
         """As a supervisor does it: with the weights of the beginning."""
         self.model, self.cached, self.version = load_model(str(self.folder), "float32"), {}, "default"
+        self.paused, self.asleep = False, set()
         self.listen()
 
     def fault_of(self, path: str) -> Fault | None:
@@ -107,9 +112,15 @@ class FakeServer:
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         with self.lock:
             self.log.append((path, body))
-            path, _, _ = path.partition("?")
+            path, _, query = path.partition("?")
             if path == COMPLETIONS:
                 return self.complete(body)
+            if path == "/sleep" and not self.sleepless:
+                self.sleep(query)
+            if path == "/wake_up":
+                self.wake_up(query.removeprefix("tags="))
+            if path == "/collective_rpc" and "weights" in self.asleep:
+                raise RefusedError("there is no memory to load weights into")
             if path == "/collective_rpc" and not self.deaf:
                 assert body["method"] == "reload_weights"
                 assert self.paused
@@ -122,7 +133,22 @@ class FakeServer:
             self.paused = {"/pause": True, "/resume": False}.get(path, self.paused)
             return {}
 
+    def sleep(self, query: str) -> None:
+        """Weights are not kept at level 2, keys and values at none."""
+        self.paused, self.asleep = True, {"weights", "kv_cache"}
+        self.cached.clear()
+        with torch.no_grad():
+            for parameter in self.model.parameters() if query == "level=2" else ():
+                parameter.zero_()
+
+    def wake_up(self, tag: str) -> None:
+        """As vLLM, which goes on with all it has; one that is awake is only told to go on."""
+        self.asleep.discard(tag)
+        self.paused = bool(self.asleep)
+
     def complete(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self.asleep:
+            raise RefusedError("asleep")
         assert not self.paused
         ids = body["prompt"] if isinstance(body["prompt"], list) else self.words(body["prompt"])["input_ids"]
         limit = self.model.config.max_position_embeddings
@@ -199,6 +225,7 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             told = {
                 "/v1/models": {"data": [{"id": "tiny", "max_model_len": context}]},
                 "/weight_info": {"weight_version": fake.version},
+                "/is_sleeping": {"is_sleeping": fake.paused or bool(fake.asleep)},
             }
             self.send(told.get(self.path, {}))
 
@@ -276,6 +303,7 @@ if __name__ == "__main__":
     for option in ("--model", "--tokenizer", "--port", "--host", "--dtype", "--served-model-name", "--max-logprobs"):
         parser.add_argument(option)
     parser.add_argument("--fail", action="store_true")
+    parser.add_argument("--enable-sleep-mode", action="store_true")
     options = parser.parse_args()
     if options.fail:
         raise ValueError("no such device")
@@ -285,5 +313,6 @@ if __name__ == "__main__":
         port=int(options.port),
         tokenizer=options.tokenizer and Path(options.tokenizer),
         max_logprobs=int(options.max_logprobs or 20),
+        sleepless=not options.enable_sleep_mode,
     )
     threading.Event().wait()

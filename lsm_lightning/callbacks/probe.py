@@ -88,6 +88,7 @@ class Probe(Callback):
             )
             for name, task in data.tasks.items()
         ]
+        module.engine.rest()
         restore_random_states(before, module.device)
         return probes
 

@@ -115,5 +115,11 @@ class Engine(ABC):
                     f"{prompt + room} tokens. Lower the task's max_new_tokens, shorten its prompt, or {remedy}."
                 )
 
+    def rest(self) -> None:  # noqa: B027 - many need none of it for others
+        """Give back memory of the student's device that writing takes; all processes call it together.
+
+        What was written stays, and nothing is written before the next `sync`.
+        """
+
     def close(self) -> None:  # noqa: B027 - many hold nothing
         """Give back what the engine holds outside this process; another `sync` brings it back."""

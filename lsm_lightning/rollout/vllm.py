@@ -25,7 +25,8 @@ from lsm_lightning.processes import gather, together
 from lsm_lightning.rollout.base import Engine, Request, Sampling, check_finite
 from lsm_lightning.serving import protocol
 from lsm_lightning.serving.client import Question, ServerError
-from lsm_lightning.serving.fleet import Fleet, Servers
+from lsm_lightning.serving.fleet import SLEEP_MODE, Fleet, Servers
+from lsm_lightning.serving.gpu import free_memory, give_back_cache
 from lsm_lightning.sharding import rest
 from lsm_lightning.student import plain_state_dict
 from lsm_lightning.types import Completion
@@ -35,19 +36,33 @@ PROBES, PROBE_TOKENS, PROBE_TOP = 4, 160, 8
 tokens after each tell whose weights a server has."""
 RENEWAL = ("/pause?mode=wait", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version", "/resume")
 """How a server takes over new weights."""
+WAKING = (
+    "/wake_up?tags=weights",
+    "/collective_rpc",
+    "/wake_up?tags=kv_cache",
+    "/reset_prefix_cache",
+    "/update_weight_version",
+)
+"""The same for one that sleeps: its weights have a place before its cache has one, and with that it goes on."""
+SLEEP = "/sleep?level=2"
+"""At this level weights are thrown away like the cache; new ones come anyway."""
 HEADLESS = frozenset({"gemma2", "gemma3n", "gemma3n_text"})
 """Kinds of models to which vLLM gives no output matrix besides the embedding, so that it refuses weights for one."""
-RENEWING = "to take over new weights"
+RENEWING, FALLING_ASLEEP = "to take over new weights", "to sleep"
 """What a server fails to do, in an error."""
+GIB = 2**30
 
 
 class VLLMEngine(Engine):
-    """Generates on vLLM servers, on GPUs of their own or on a CPU.
+    """Generates on vLLM servers, on GPUs of their own, on those of the trainer, or on a CPU.
 
     After each step the student is written to a folder, from which the servers load it: they finish what they are at,
     load, forget the prompts that they have cached, and go on; a few next tokens tell whether they have done so. Servers
     that are there need vLLM 0.32 or newer, the student's configuration and VLLM_SERVER_DEV_MODE=1, and those on other
     machines must see `folder`.
+
+    With `servers.launch.colocated` each process has a server on its own GPU, which sleeps from the end of the rollouts
+    until the next weights come: it forgets the old ones and its cache, and the student has the room.
 
     Sampling is vLLM's: a text follows from the weights, the prompt and its seed as far as vLLM computes the same logits
     whatever else is in a batch.
@@ -76,6 +91,7 @@ class VLLMEngine(Engine):
         self._probe: _Probe | None = None
         self._limit = 0.0
         self._run, self._syncs = "", 0
+        self._asleep = False
 
     @classmethod
     def around(cls, fleet: Fleet) -> "VLLMEngine":
@@ -107,11 +123,14 @@ class VLLMEngine(Engine):
             self._agree()
         together(lambda: self._write(model, weights))
         del weights
+        if self.servers.colocated:
+            give_back_cache()
         if fresh:
             fleet.open(self._options(model, dtype))
         former, self._probe = self._probe, probe
         self._syncs += 1
         together(lambda: self._renew_all(former))
+        self._asleep = False
 
     def generate(
         self,
@@ -129,6 +148,7 @@ class VLLMEngine(Engine):
             ServerError: A request was not answered.
         """
         assert self._fleet.model is not None, "sync() comes before generate()"
+        assert not self._asleep, "after rest(), too"
         self.check_room(requests, max_new_tokens, whose="server", remedy="start it with a larger --max-model-len")
         # Equal prompts go to one server, which caches them.
         number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.ids) for request in requests))}
@@ -157,13 +177,23 @@ class VLLMEngine(Engine):
         assert self._fleet.model is not None, "sync() comes before room()"
         return self._fleet.model.context - prompt_tokens
 
+    def rest(self) -> None:
+        """See `Engine.rest`; servers elsewhere go on as they are.
+
+        Raises:
+            ServerError: One does not sleep, or has not given its memory back.
+        """
+        if self.servers.colocated:
+            together(self._sleep_all)
+            self._asleep = True
+
     def close(self) -> None:
         """See `Engine.close`."""
         self._fleet.close()
         if self._scratch is not None:
             self._scratch()
         self._scratch = self._weights = self._probe = None
-        self._syncs = 0
+        self._syncs, self._asleep = 0, False
 
     # ---- weights ----------------------------------------------------------------------------------------------------
 
@@ -200,6 +230,7 @@ class VLLMEngine(Engine):
         return [word for option in options.items() for word in option]
 
     def _renew_all(self, former: "_Probe | None") -> None:
+        self._fleet.revive()
         for url in self._fleet.kept:
             self._renew(url, former)
 
@@ -216,7 +247,7 @@ class VLLMEngine(Engine):
             "/update_weight_version": {"new_version": self._version},
         }
         for _ in range(self.servers.attempts):
-            for path in RENEWAL:
+            for path in WAKING if self.servers.colocated and self._sleeps(url) else RENEWAL:
                 body = bodies.get(path, {})
                 self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
             told = self._told(url, self._probe)
@@ -234,6 +265,42 @@ class VLLMEngine(Engine):
             url, Question(what=RENEWING, path="/weight_info", read=lambda answer: str(answer["weight_version"]))
         )
         return version == self._version
+
+    def _sleeps(self, url: str, what: str = RENEWING) -> bool:
+        """Whether a server sleeps by its own account; one that was started again does not."""
+        asleep: bool = self._fleet.ask_at(
+            url, Question(what=what, path="/is_sleeping", read=lambda answer: answer["is_sleeping"] is True)
+        )
+        return asleep
+
+    def _sleep_all(self) -> None:
+        for url in self._fleet.kept:
+            try:
+                self._sleep(url)
+            except ServerError:
+                if not self._fleet.has_ended:  # and holds nothing any more; the next `sync` starts it again
+                    raise
+
+    def _sleep(self, url: str) -> None:
+        """Let a server sleep, and make sure that it does.
+
+        Its word is not enough: it also says so when it has no sleep mode, and when its device has none.
+        """
+        assert self._weights is not None
+        before = free_memory()
+        self._fleet.ask_at(url, Question(what=FALLING_ASLEEP, path=SLEEP, body={}, read=lambda answer: None))
+        asleep, after = self._sleeps(url, FALLING_ASLEEP), free_memory()
+        gained = None if before is None or after is None else after - before
+        least = sum(file.stat().st_size for file in self._weights.glob("*.safetensors")) // 2
+        if asleep and (gained is None or gained >= least):
+            return
+        how = "says that it is awake"
+        if asleep and gained is not None:
+            how = f"has given back {gained / GIB:.2f} GiB of its GPU's memory, less than its weights alone take"
+        raise ServerError(
+            f"The server {url} was told to sleep and {how}. It has to run with {' '.join(SLEEP_MODE)} and alone with this "
+            "process on its GPU; or give servers GPUs of their own (servers.launch.colocated=false)."
+        )
 
     def _check(self, url: str, told: Sequence[Mapping[int, float]], probe: "_Probe", former: "_Probe | None") -> None:
         """Compare a server's next tokens with those of the student as it is, and as it was before."""

@@ -9,11 +9,14 @@ from typing import Any, TypeVar
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.processes import Place, gather, share, together
 from lsm_lightning.serving.client import BadAnswer, Client, Patience, Question
+from lsm_lightning.serving.gpu import only_own_gpu
 from lsm_lightning.serving.launch import Launch, Server, healthy
 
 Answer = TypeVar("Answer")
 DEVELOPER_MODE = {"VLLM_SERVER_DEV_MODE": "1"}
-"""Without it vLLM offers neither new weights nor an empty prefix cache."""
+"""Without it vLLM offers neither new weights nor an empty prefix cache, and no sleep."""
+SLEEP_MODE = ("--enable-sleep-mode",)
+"""Without it vLLM on a GPU says that it sleeps and gives nothing back."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +26,7 @@ class Servers:
     Args:
         urls: Addresses of servers that are there, such as `http://10.0.0.1:8000`. Processes share them out: one for
             each, or several for each, or several processes to one.
-        launch: How to start them instead, one on each machine; they end with the run.
+        launch: How to start them instead, one on each machine or for each process; they end with the run.
         timeout: Seconds until a request is given up and sent again.
         attempts: How often a request is sent before the run ends, with pauses of 1, 2, 4, ... seconds.
         concurrency: Requests under way at once, from each process.
@@ -46,6 +49,11 @@ class Servers:
                 f"servers(timeout={self.timeout:g}, attempts={self.attempts}, concurrency={self.concurrency}): "
                 "all must be positive."
             )
+
+    @property
+    def colocated(self) -> bool:
+        """Whether each process has a server on its own GPU."""
+        return self.launch is not None and self.launch.colocated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +99,7 @@ class Fleet:
         urls = [url.rstrip("/") for url in self.settings.urls]
         if self.settings.launch is not None:
             started = gather(self._own.url if self._own is not None else "")
-            urls = [started[self.place.first_here]]
+            urls = [started[self.place.rank if self.settings.colocated else self.place.first_here]]
         else:
             urls = share(urls, self.place.rank, self.place.processes)
         self._client = Client(urls, self._patience, self._remedy, self._back)
@@ -112,7 +120,7 @@ class Fleet:
     def kept(self) -> list[str]:
         """Those of them that this process renews, on behalf of all that ask them."""
         if self.settings.launch is not None:
-            return self.urls if self.place.is_first_here else []
+            return self.urls if self._starts_one else []
         return self.urls if self.place.rank < len(self.settings.urls) else []
 
     def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
@@ -129,6 +137,21 @@ class Fleet:
     def ask_at(self, url: str, question: Question[Answer]) -> Answer:
         """Ask this very server, and do not look after it in between."""
         return Client([url], self._patience, self._remedy).ask_one(0, question)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether this process has started a server that runs no more."""
+        return self._own is not None and not self._own.alive
+
+    def revive(self) -> None:
+        """Start this process's own server again where it has ended.
+
+        Raises:
+            ServerError: It cannot be started.
+        """
+        if self.has_ended:
+            assert self._own is not None
+            self._own.start()
 
     def close(self) -> None:
         """End what was started."""
@@ -148,9 +171,17 @@ class Fleet:
             f"({self.settings.timeout:g}) and .attempts ({self.settings.attempts}) say how long it is waited for."
         )
 
+    @property
+    def _starts_one(self) -> bool:
+        return self.settings.colocated or (self.settings.launch is not None and self.place.is_first_here)
+
     def _launch(self, options: Sequence[str]) -> None:
-        if self.settings.launch is not None and self.place.is_first_here:
-            self._own = Server(self.settings.launch, options, DEVELOPER_MODE)
+        if self._starts_one:
+            assert self.settings.launch is not None
+            environment = DEVELOPER_MODE
+            if self.settings.colocated:
+                options, environment = [*options, *SLEEP_MODE], environment | only_own_gpu()
+            self._own = Server(self.settings.launch, options, environment)
             weakref.finalize(self, Server.stop, self._own)
             self._own.start()
 
@@ -166,8 +197,8 @@ class Fleet:
 
     def _back(self, url: str) -> bool:
         """After an outage: start one's own server again, or wait for who does; others are looked at as they are."""
-        if self._own is not None and not self._own.alive:
-            self._own.start()
+        if self.has_ended:
+            self.revive()
         elif self.settings.launch is not None:
             end = time.monotonic() + self.settings.launch.start_timeout
             while not healthy(url) and time.monotonic() < end:

@@ -1,5 +1,6 @@
 """A server of one's own: a child process that ends with the run, however the run ends."""
 
+import argparse
 import contextlib
 import os
 import socket
@@ -13,15 +14,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.serving.client import QUOTED, ServerError
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_STOP = 20.0
+MEMORY_SHARE = 0.92
+"""Of a GPU's memory that vLLM 0.32 takes where `--gpu-memory-utilization` says nothing else."""
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """How to start a vLLM server, one on each machine.
+    """How to start vLLM servers, one on each machine or one beside each process.
 
     Args:
         command: A list: the Python that has vLLM (it needs other versions than training, so an environment of its
@@ -29,11 +34,38 @@ class Launch:
             Model, precision, address and port are added.
         environment: Variables for it, such as CUDA_VISIBLE_DEVICES for GPUs that the trainer leaves free.
         start_timeout: Seconds until it must answer.
+        colocated: Start one for each process of the run, on the GPU of that process; it sleeps while the student is
+            trained and holds no weights and no cache meanwhile. `--gpu-memory-utilization` in `command` says what share
+            of the GPU's memory it takes while it writes.
     """
 
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
     start_timeout: float = 600.0
+    colocated: bool = False
+
+    def __post_init__(self) -> None:
+        if self.colocated and VISIBLE_GPUS in self.environment:
+            raise ConfigurationError(
+                f"servers.launch(colocated=True), and its environment has {VISIBLE_GPUS}="
+                f"{self.environment[VISIBLE_GPUS]}: such a server takes the GPU of its process; leave the variable out."
+            )
+
+    @property
+    def memory_share(self) -> float:
+        """Of a GPU's memory that a server takes while it is awake.
+
+        Raises:
+            ConfigurationError: The command does not give a number.
+        """
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        option = "--gpu-memory-utilization"
+        parser.add_argument(option, "--gpu_memory_utilization", type=float, default=MEMORY_SHARE)
+        try:
+            share: float = parser.parse_known_args(self.command)[0].gpu_memory_utilization
+        except argparse.ArgumentError as error:
+            raise ConfigurationError(f"servers.launch.command: {option} is no number ({error.message}).") from error
+        return share
 
 
 class Server:

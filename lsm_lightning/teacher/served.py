@@ -46,6 +46,11 @@ class ServedTeacher(ScoringTeacher):
 
     def __init__(self, path: str, servers: Servers, dtype: DType = "auto", chat_template: str | None = None) -> None:
         super().__init__(path, chat_template)
+        if servers.colocated:
+            raise ConfigurationError(
+                f"The servers of the teacher '{path}': launch.colocated=true is for rollouts, a teacher's server does "
+                "not sleep. Give it a GPU of its own, or take a LocalTeacher (sharded or with offload)."
+            )
         self.servers = servers
         self.dtype: DType = dtype
         self._fleet = Fleet(servers)
