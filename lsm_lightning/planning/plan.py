@@ -19,7 +19,7 @@ from lsm_lightning.optimizers import check_step
 from lsm_lightning.planning.hardware import Device, cpu, gpu
 from lsm_lightning.planning.step import STUDENT, Lengths, Machine, Phase, Rehearsal, optimizer_of, rehearse, served
 from lsm_lightning.pretrained import check_model, context_of, locate
-from lsm_lightning.rollout import LocalEngine
+from lsm_lightning.rollout import LocalEngine, VLLMEngine
 from lsm_lightning.sharding import OffloadedModelParallelStrategy, shards_of
 from lsm_lightning.tasks.base import Task
 from lsm_lightning.teacher import LocalTeacher
@@ -28,12 +28,12 @@ USABLE = 0.9
 """Of a device's memory: the rest is for the GPU's context, for what an allocator loses, and for a plan's errors."""
 GIB = 2**30
 VARIABLE = {
-    "rollout": ("KV cache", "decoding logits", "rollout's activations"),
+    "rollout": ("KV cache", "decoding logits", "rollout's activations", "vLLM server's cache"),
     "evaluation": ("KV cache", "decoding logits", "rollout's activations"),
     "teacher": ("teacher's activations",),
     "update": ("activations",),
 }
-"""What grows with the rows of a phase's batches."""
+"""What grows with the rows of a phase's batches, or with what a server may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,10 +120,10 @@ def plan(
     tasks = []
     for name, task in data.tasks.items():
         lengths = _lengths(module, data, name, task, machine, prompt_tokens, evaluate=evaluate)
-        rehearsal = rehearse(module, lengths, machine, task=name)
+        rehearsal = rehearse(module, lengths, machine, task=name, memory=device.memory)
         seconds = _seconds(rehearsal.phases, device)
         tasks.append(TaskPlan(task=name, lengths=lengths, rehearsal=rehearsal, seconds=seconds))
-    advice = _advice(module, tasks, machine, USABLE * device.memory)
+    advice = _advice(module, tasks, machine, device.memory)
     return Plan(
         student=module.student_name, device=device, machine=machine, tasks=tasks, advice=advice, served=served(module)
     )
@@ -241,24 +241,26 @@ def _seconds(phases: list[Phase], device: Device) -> dict[str, float]:
 # ---- what to change -------------------------------------------------------------------------------------------------
 
 
-def _advice(module: OnPolicyDistillation, tasks: list[TaskPlan], machine: Machine, limit: float) -> list[str]:
+def _advice(module: OnPolicyDistillation, tasks: list[TaskPlan], machine: Machine, memory: float) -> list[str]:
     """A sentence for each way out, for every phase that is too large."""
     lines: list[str] = []
+    limit = USABLE * memory
     for of_task in tasks:
         for phase in of_task.rehearsal.phases:
             if phase.peak > limit:
                 over = f"{phase.name} of {of_task.task} needs {(phase.peak - limit) / GIB:.2f} GiB more than is usable"
-                lines += [f"{over}: {way}" for way in _ways(module, of_task, phase, machine, limit)]
+                lines += [f"{over}: {way}" for way in _ways(module, of_task, phase, machine, memory)]
     return lines
 
 
 def _ways(
-    module: OnPolicyDistillation, of_task: TaskPlan, phase: Phase, machine: Machine, limit: float
+    module: OnPolicyDistillation, of_task: TaskPlan, phase: Phase, machine: Machine, memory: float
 ) -> Iterator[str]:
+    limit = USABLE * memory
     if phase.name == "update" and not module.activation_checkpointing:
         patient = copy.copy(module)
         patient.activation_checkpointing = True
-        phases = rehearse(patient, of_task.lengths, machine, task=of_task.task).phases
+        phases = rehearse(patient, of_task.lengths, machine, task=of_task.task, memory=memory).phases
         peak = next(other.peak for other in phases if other.name == phase.name)
         yield f"model.activation_checkpointing=true makes it {peak / GIB:.2f} GiB"
     variable = sum(phase.bytes.get(kind, 0) for kind in VARIABLE.get(phase.name, ()))
@@ -266,7 +268,11 @@ def _ways(
     if phase.name == "update":  # of which smaller ones have the gradients of those before them beside them
         gradients = of_task.rehearsal.phases[-1].bytes.get("gradients", 0)
         room -= max(0, gradients - phase.bytes.get("gradients", 0))
-    if room > 0:
+    if room > 0 and phase.name == "rollout" and isinstance(module.engine, VLLMEngine):
+        of_server = sum(size for kind, size in phase.bytes.items() if kind.startswith("vLLM server"))
+        share = (of_server - variable + room) / memory
+        yield f"lower --gpu-memory-utilization of its server to {math.floor(share * 1000) / 1000:g}"
+    elif room > 0:
         yield _smaller(module, of_task, phase.name, room / variable)
     else:
         yield from _lighter(module, phase, machine, limit)

@@ -6,9 +6,11 @@ No formula here knows an architecture. What is assumed instead:
 - Attention runs in a fused kernel that keeps no scores, as torch's does on GPUs and CPUs alike. A model that
   transformers runs with `eager` attention (Gemma 2, say) is rehearsed so.
 - Kernels need no memory of their own, and an allocator loses none (on a CPU, glibc's may hold back half as much again
-  unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted.
+  unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted, nor
+  what a sleeping server keeps of it (its context, and graphs where it has captured some).
 - Packing is planned as padding: the tokens are as many.
-- What servers do is left out, since they have devices of their own (`served` names it).
+- What servers do is left out (`served` names it). Where one shares this device, its memory is counted while it writes;
+  it may be awake in evaluations and in the look before a run too, where less stands beside it.
 - Quantised weights take their bits and their scales, and the whole weight of a layer while it runs; what else the
   kernels of bitsandbytes need, and the time to unpack, is not counted.
 """
@@ -149,7 +151,9 @@ class Rehearsal:
     where the student lies there."""
 
 
-def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *, task: str) -> Rehearsal:
+def rehearse(
+    module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *, task: str, memory: float
+) -> Rehearsal:
     """Go through one step of a task.
 
     Args:
@@ -157,9 +161,11 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         lengths: Of what it would do.
         machine: On what.
         task: Whose teacher scores. All teachers are in memory.
+        memory: Bytes of the device, of which a server that shares it takes its part.
 
     Raises:
-        ConfigurationError: A model's configuration cannot be read, or an engine or teacher is of an unknown kind.
+        ConfigurationError: A model's configuration cannot be read, an engine or teacher is of an unknown kind, or a
+            server's part of the memory does not hold its weights.
     """
     if module.quantization is not None and machine.shards > 1:
         raise ConfigurationError("model.quantization: quantised weights cannot be sharded; use the strategy ddp.")
@@ -175,7 +181,7 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
         step = _Step(module, lengths, machine, watch)
         step.evaluate(task)
         step.first_optimiser_step()
-        step.rollout()
+        step.rollout(memory)
         step.score(task)
         step.update()
     return step.result
@@ -183,7 +189,9 @@ def rehearse(module: OnPolicyDistillation, lengths: Lengths, machine: Machine, *
 
 def served(module: OnPolicyDistillation) -> list[str]:
     """What is done by servers, and is no part of a plan."""
-    rollouts = ["rollouts"] if isinstance(module.engine, VLLMEngine) else []
+    rollouts = []
+    if isinstance(module.engine, VLLMEngine):
+        rollouts = ["the time of rollouts" if module.engine.servers.colocated else "rollouts"]
     return rollouts + [
         f"the {name} teacher" for name, teacher in module.teachers.items() if isinstance(teacher, ServedTeacher)
     ]
@@ -210,7 +218,7 @@ class _Step:
     def __init__(self, module: OnPolicyDistillation, lengths: Lengths, machine: Machine, watch: Watch) -> None:
         self.module, self.lengths, self.machine, self.watch = module, lengths, machine, watch
         self.optimizer: torch.optim.Optimizer
-        own = machine.whole_type or _type(module.student_name, module.dtype_name)
+        own = self.own_type = machine.whole_type or _type(module.student_name, module.dtype_name)
         with watch.label("student weights"):
             # FSDP2 gathers and computes in the compute type; the shards keep their own.
             dtype = machine.compute or own if self._sharded else own
@@ -272,14 +280,16 @@ class _Step:
             self.optimizer.step()
         self.optimizer.zero_grad()
 
-    def rollout(self) -> None:
-        """The first prompts, and the last token of answers that are as long as can be."""
+    def rollout(self, memory: float) -> None:
+        """The first prompts, and the last token of answers that are as long as can be; or a server on this device."""
         engine, lengths = self.module.engine, self.lengths
+        if isinstance(engine, VLLMEngine) and engine.servers.colocated:
+            self._share_device(engine, memory)
         if not isinstance(engine, LocalEngine):
             return
         self.watch.restart()
         with self.watch.label("rollout replica"):
-            dtype = self.student.dtype if engine.dtype == "auto" else getattr(torch, engine.dtype)
+            dtype = self._replica_type(engine.dtype)
             self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
         rows = min(engine.batch_size, lengths.episodes)
         distinct = math.ceil(rows / lengths.samples)
@@ -294,6 +304,25 @@ class _Step:
             read=read * rounds,
             more={"gathered units": largest},
         )
+
+    def _share_device(self, engine: VLLMEngine, memory: float) -> None:
+        """With a server that is awake: it takes all that it may, whatever it writes."""
+        launch = engine.servers.launch
+        assert launch is not None
+        part = round(launch.memory_share * memory)
+        weights = self.result.parameters * self._replica_type(engine.dtype).itemsize
+        if part <= weights:
+            raise ConfigurationError(
+                f"servers.launch.command: --gpu-memory-utilization={launch.memory_share:g} is {part / 2**30:.2f} GiB, "
+                f"and the student's weights alone are {weights / 2**30:.2f} GiB: raise it."
+            )
+        self.watch.restart()
+        self._note("rollout", more={"vLLM server's weights": weights, "vLLM server's cache": part - weights})
+
+    def _replica_type(self, dtype: DType) -> torch.dtype:
+        """Of an engine's weights."""
+        chosen: torch.dtype = self.own_type if dtype == "auto" else getattr(torch, dtype)
+        return chosen
 
     def score(self, task: str) -> None:
         """The task's teacher reads what was written."""

@@ -298,8 +298,8 @@ class VLLMEngine(Engine):
         if asleep and gained is not None:
             how = f"has given back {gained / GIB:.2f} GiB of its GPU's memory, less than its weights alone take"
         raise ServerError(
-            f"The server {url} was told to sleep and {how}. It has to run with {' '.join(SLEEP_MODE)} and alone with this "
-            "process on its GPU; or give servers GPUs of their own (servers.launch.colocated=false)."
+            f"The server {url} was told to sleep and {how}. It has to run with {' '.join(SLEEP_MODE)} and alone with "
+            "this process on its GPU; or give servers GPUs of their own (servers.launch.colocated=false)."
         )
 
     def _check(self, url: str, told: Sequence[Mapping[int, float]], probe: "_Probe", former: "_Probe | None") -> None:
