@@ -30,7 +30,7 @@ from lsm_lightning.planning.step import Phase
 from lsm_lightning.planning.watch import Watch
 from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import LocalEngine, VLLMEngine
-from lsm_lightning.serving import Servers
+from lsm_lightning.serving import Launch, Servers
 from lsm_lightning.sharding import OffloadedModelParallelStrategy
 from lsm_lightning.tasks.base import Episode, Task
 from lsm_lightning.tasks.math import AdditionProblems, MathEpisode
@@ -450,6 +450,48 @@ def test_what_servers_do_is_left_out_and_said(planned, common):
     tight = planned(engine=VLLMEngine(servers), memory=0.001)
     assert tight.advice  # no word about an engine that is not there
     assert not [line for line in tight.advice if "engine" in line]
+
+
+def sharing(*options: str, colocated: bool = True) -> VLLMEngine:
+    launch = Launch(command=["vllm", *options], colocated=colocated)
+    return VLLMEngine(Servers(launch=launch), dtype="bfloat16")
+
+
+def test_a_server_on_the_same_device_takes_its_share_while_it_writes(planned, common):
+    share = "--gpu-memory-utilization=0.25"
+    made = planned(engine=sharing(share), memory=1.0)
+    assert [phase.name for phase in made.tasks[0].rehearsal.phases] == [
+        phase.name for phase in common.tasks[0].rehearsal.phases
+    ]
+    found = phase(made, "rollout").bytes
+    of_server = {kind: size for kind, size in found.items() if kind.startswith("vLLM server")}
+    assert sum(of_server.values()) == GIB // 4
+    assert of_server["vLLM server's weights"] == 2 * made.tasks[0].rehearsal.parameters
+    standing = ("student weights", "optimiser state", "teachers' weights")
+    assert {kind: found[kind] for kind in found.keys() - of_server.keys()} == {
+        kind: phase(common, "rollout").bytes[kind] for kind in standing
+    }
+    for name in ("load", "teacher", "update", "optimiser"):
+        assert phase(made, name).bytes == phase(planned(engine=sharing(share, colocated=False)), name).bytes
+    # It works as much as an engine here would, and is no matter of others.
+    assert phase(made, "rollout").flops == phase(planned(batch_size=32, memory=1.0), "rollout").flops
+    assert made.served == []
+    larger = planned(engine=sharing("--gpu-memory-utilization=0.5"), memory=1.0)
+    assert phase(larger, "rollout").peak - phase(made, "rollout").peak == GIB // 4
+
+
+def test_a_share_that_is_too_large_is_told_with_the_one_that_fits(planned):
+    made = planned(engine=sharing(), memory=0.125)  # vLLM takes more than a plan counts as usable
+    assert not made.fits
+    (line,) = made.advice
+    share = re.search(r"lower --gpu-memory-utilization of its server to (0\.\d+)$", line)[1]
+    assert planned(engine=sharing("--gpu-memory-utilization", share), memory=0.125).fits
+    assert not planned(engine=sharing("--gpu-memory-utilization", str(float(share) + 0.002)), memory=0.125).fits
+
+
+def test_a_share_that_does_not_hold_the_weights_is_refused(planned):
+    with pytest.raises(ConfigurationError, match=r"--gpu-memory-utilization=0\.0001 is 0\.00 GiB"):
+        planned(engine=sharing("--gpu-memory-utilization=0.0001"), memory=1.0)
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def show(plan: Plan, console: Console) -> None:
             "main memory; layers may well move while others compute."
         )
     if plan.served:
-        console.print(f"Without {', '.join(plan.served)}: that is the servers' matter.")
+        console.print(f"Without {', '.join(plan.served)}: servers have devices, memory and time of their own.")
     for line in plan.advice:
         console.print(f"- {line}")
 

@@ -9,12 +9,13 @@ No formula here knows an architecture. What is assumed instead:
   unless MALLOC_MMAP_THRESHOLD_ is set: `scripts/bench_plan.py`); a GPU's context (about 0.5 GiB) is not counted, nor
   what a sleeping server keeps of it (its context, and graphs where it has captured some).
 - Packing is planned as padding: the tokens are as many.
-- What servers do is left out (`served` names it). Where one shares this device, its memory is counted while it writes;
-  it may be awake in evaluations and in the look before a run too, where less stands beside it.
+- What servers do is left out, since they have devices of their own (`served` names it). One that shares this device
+  takes what it may while it writes, and writes all answers of a round side by side.
 - Quantised weights take their bits and their scales, and the whole weight of a layer while it runs; what else the
   kernels of bitsandbytes need, and the time to unpack, is not counted.
 """
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -188,11 +189,9 @@ def rehearse(
 
 
 def served(module: OnPolicyDistillation) -> list[str]:
-    """What is done by servers, and is no part of a plan."""
-    rollouts = []
-    if isinstance(module.engine, VLLMEngine):
-        rollouts = ["the time of rollouts" if module.engine.servers.colocated else "rollouts"]
-    return rollouts + [
+    """What is done by servers elsewhere, and is no part of a plan."""
+    elsewhere = isinstance(module.engine, VLLMEngine) and not module.engine.servers.colocated
+    return ["rollouts"] * elsewhere + [
         f"the {name} teacher" for name, teacher in module.teachers.items() if isinstance(teacher, ServedTeacher)
     ]
 
@@ -281,32 +280,42 @@ class _Step:
         self.optimizer.zero_grad()
 
     def rollout(self, memory: float) -> None:
-        """The first prompts, and the last token of answers that are as long as can be; or a server on this device."""
+        """The first prompts, and the last token of answers that are as long as can be.
+
+        Args:
+            memory: Bytes of the device.
+        """
         engine, lengths = self.module.engine, self.lengths
-        if isinstance(engine, VLLMEngine) and engine.servers.colocated:
-            self._share_device(engine, memory)
-        if not isinstance(engine, LocalEngine):
+        assert isinstance(engine, LocalEngine | VLLMEngine)
+        local = isinstance(engine, LocalEngine)
+        if not local and not engine.servers.colocated:
             return
         self.watch.restart()
+        without = self.watch.at_peak
         with self.watch.label("rollout replica"):
             dtype = self._replica_type(engine.dtype)
             self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
-        rows = min(engine.batch_size, lengths.episodes)
+        rows = min(engine.batch_size, lengths.episodes) if local else lengths.episodes
         distinct = math.ceil(rows / lengths.samples)
         waiting = lengths.episodes > rows
         prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling, waiting=waiting)
         rounds = math.ceil(lengths.episodes / rows) * lengths.turns
         # Sharded weights come into the replica one at a time.
         largest = max(p.nbytes for p in self.student.parameters()) if self._sharded else 0
+        more = {"gathered units": largest}
+        if not local:
+            del self.replica
+            gc.collect()
+            self.watch.at_peak, more = without, self._of_server(engine, memory)
         self._note(
             "rollout",
             flops={"prefill": prefill * rounds, "decode": decode * rounds},
             read=read * rounds,
-            more={"gathered units": largest},
+            more=more,
         )
 
-    def _share_device(self, engine: VLLMEngine, memory: float) -> None:
-        """With a server that is awake: it takes all that it may, whatever it writes."""
+    def _of_server(self, engine: VLLMEngine, memory: float) -> dict[str, int]:
+        """Bytes by kind of a server that is awake: it takes all that it may, whatever it writes."""
         launch = engine.servers.launch
         assert launch is not None
         part = round(launch.memory_share * memory)
@@ -316,8 +325,7 @@ class _Step:
                 f"servers.launch.command: --gpu-memory-utilization={launch.memory_share:g} is {part / 2**30:.2f} GiB, "
                 f"and the student's weights alone are {weights / 2**30:.2f} GiB: raise it."
             )
-        self.watch.restart()
-        self._note("rollout", more={"vLLM server's weights": weights, "vLLM server's cache": part - weights})
+        return {"vLLM server's weights": weights, "vLLM server's cache": part - weights}
 
     def _replica_type(self, dtype: DType) -> torch.dtype:
         """Of an engine's weights."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from fake_servers import InProcess
 from fake_vllm import serving
 from tiny import random_ids, save_tiny
 from torch import distributed, multiprocessing
@@ -14,7 +15,7 @@ from lsm_lightning.pretrained import load_model, load_skeleton
 from lsm_lightning.processes import share
 from lsm_lightning.rollout import LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.serving import ServerError, Servers
+from lsm_lightning.serving import Launch, ServerError, Servers
 from lsm_lightning.sharding import load_sharded
 
 REQUESTS = [Request(ids=random_ids(seed, 6), seed=seed) for seed in range(4)]
@@ -76,6 +77,64 @@ def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, s
         assert deaf.url in of_process["deaf"]  # also in the process that had asked nothing
     for fake in (shared, first, second):
         assert [path for path, _ in fake.log].count("/collective_rpc") == 2
+
+
+def beside_its_server(rank: int, folder: Path, model: str) -> None:
+    """Two steps, each with a server on this process's device; the second process's dies in its sleep."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    student = load_sharded(
+        lambda: load_model(model, "float32"), lambda: load_skeleton(model), mesh, device=torch.device("cpu")
+    )
+    found: dict[str, Any] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        own = InProcess.in_place_of_servers(patch)
+        engine = VLLMEngine(Servers(launch=Launch(command=["vllm"], colocated=True), attempts=2))
+        for step in ("first", "second"):
+            engine.sync(student)
+            found[step] = written(engine)
+            engine.rest()
+            found[f"asleep after the {step}"] = own[0].fake.asleep
+            with torch.no_grad():
+                for parameter in student.parameters():
+                    parameter.mul_(1.05)
+            if step == "first" and rank == 1:
+                own[0].die()
+        found["urls"], found["starts"] = [server.url for server in own], own[0].starts
+        found["folder"] = str(engine._weights)
+        (server,) = own
+        server.fake.sleepless = rank == 0
+        engine.sync(student)
+        try:
+            engine.rest()
+        except ServerError as error:
+            found["told"] = str(error)
+        engine.close()
+    torch.save(found, folder / f"found-{rank}")
+    distributed.destroy_process_group()
+
+
+def test_each_process_has_a_server_beside_it_which_sleeps_between_steps(tmp_path, student_tokenizer):
+    folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
+    multiprocessing.spawn(beside_its_server, (tmp_path, str(folder)), nprocs=2)
+    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    model, local = load_model(str(folder), "float32"), LocalEngine()
+    local.sync(model)
+    before = written(local)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    local.sync(model)
+    for of_process in found:
+        assert (of_process["first"], of_process["second"]) == (before, written(local))
+        assert of_process["asleep after the first"] == of_process["asleep after the second"] == {"weights", "kv_cache"}
+        assert len(of_process["urls"]) == 1
+        # That the first process's server does not sleep is told in both.
+        assert found[0]["urls"][0] in of_process["told"]
+    assert found[0]["urls"] != found[1]["urls"]
+    assert found[0]["folder"] == found[1]["folder"]
+    assert [of_process["starts"] for of_process in found] == [1, 2]
 
 
 @pytest.mark.parametrize(("servers", "processes"), [(1, 1), (1, 4), (2, 4), (3, 2), (4, 2), (5, 8)])
