@@ -95,7 +95,7 @@ def beside_its_server(rank: int, folder: Path, model: str) -> None:
             engine.sync(student)
             found[step] = written(engine)
             engine.rest()
-            found[f"asleep after the {step}"] = own[0].fake.asleep
+            found[f"asleep after the {step}"] = set(own[0].fake.asleep)
             with torch.no_grad():
                 for parameter in student.parameters():
                     parameter.mul_(1.05)
