@@ -286,16 +286,18 @@ class _Step:
             memory: Bytes of the device.
         """
         engine, lengths = self.module.engine, self.lengths
-        assert isinstance(engine, LocalEngine | VLLMEngine)
-        local = isinstance(engine, LocalEngine)
-        if not local and not engine.servers.colocated:
+        server: dict[str, int] = {}
+        if isinstance(engine, LocalEngine):
+            rows = min(engine.batch_size, lengths.episodes)
+        elif isinstance(engine, VLLMEngine) and engine.servers.colocated:
+            rows, server = lengths.episodes, self._of_server(engine, memory)
+        else:
             return
         self.watch.restart()
         without = self.watch.at_peak
         with self.watch.label("rollout replica"):
             dtype = self._replica_type(engine.dtype)
             self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
-        rows = min(engine.batch_size, lengths.episodes) if local else lengths.episodes
         distinct = math.ceil(rows / lengths.samples)
         waiting = lengths.episodes > rows
         prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling, waiting=waiting)
@@ -303,10 +305,10 @@ class _Step:
         # Sharded weights come into the replica one at a time.
         largest = max(p.nbytes for p in self.student.parameters()) if self._sharded else 0
         more = {"gathered units": largest}
-        if not local:
+        if server:  # of the rehearsal only the work counts
             del self.replica
             gc.collect()
-            self.watch.at_peak, more = without, self._of_server(engine, memory)
+            self.watch.at_peak, more = without, server
         self._note(
             "rollout",
             flops={"prefill": prefill * rounds, "decode": decode * rounds},

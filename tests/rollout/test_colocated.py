@@ -92,8 +92,9 @@ def test_a_server_sleeps_after_the_rollouts_and_wakes_with_new_weights(engine, o
     paths = [path for path, _ in server.fake.log if path != COMPLETIONS]
     assert paths == [*RENEWAL, SLEEP, *WAKING]
     # Nothing is written before it has weights and a cache again.
-    first, last = [place for place, (path, _) in enumerate(server.fake.log) if path in (WAKING[0], WAKING[-1])]
-    assert COMPLETIONS not in [path for path, _ in server.fake.log[first:last]]
+    all_paths = [path for path, _ in server.fake.log]
+    asleep = all_paths.index(SLEEP)
+    assert all_paths[asleep : asleep + 1 + len(WAKING)] == [SLEEP, *WAKING]
     assert not server.fake.asleep
 
 
@@ -193,7 +194,7 @@ def test_one_that_stays_awake_is_told(engine, own, model):
 def test_memory_that_does_not_come_back_is_told(engine, own, model, monkeypatch, given):
     """It says that it sleeps, as vLLM does without its sleep mode; the GPU is asked, too."""
     engine.sync(model)
-    weights = sum(parameter.nbytes for parameter in model.parameters())
+    weights = sum(file.stat().st_size for file in engine._weights.glob("*.safetensors"))
     free = iter([10**9, 10**9 + int(given * weights)])
     monkeypatch.setattr(vllm_module, "free_memory", lambda: next(free))
     if given > 0.5:
@@ -288,9 +289,9 @@ def test_a_run_wakes_its_server_for_all_that_is_written_and_for_nothing_else(run
     (server,) = own
     log = [path for path, _ in server.fake.log]
     assert COMPLETIONS in log
-    # A look, two steps, and an evaluation after each: between two of them, and at the end, it sleeps.
-    assert log.count(SLEEP) == 5
-    assert log.count(WAKING[0]) == 4
+    # A look, two steps, an evaluation after each, one before all and one after: between them, and at last, it sleeps.
+    assert log.count(SLEEP) == 7
+    assert log.count(WAKING[0]) == 6
     assert server.fake.asleep
     assert not server.alive
 
