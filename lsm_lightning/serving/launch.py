@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -22,6 +23,8 @@ SECONDS_TO_STOP = 20.0
 MEMORY_SHARE = 0.92
 """Of a GPU's memory that vLLM 0.32 takes where `--gpu-memory-utilization` says nothing else."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+ERROR = re.compile(r"Error\b|^  Value error, ")
+"""In a line of a server's output; pydantic, by which vLLM checks its options, writes what is wrong below its error."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +138,7 @@ class Server:
 
     def _failed(self, how: str) -> ServerError:
         assert self._log is not None
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if "Error" in line]
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if ERROR.search(line)]
         said = f" Its last error: {lines[-1].strip()[:QUOTED]}." if lines else ""
         waited = f"start_timeout={self._launch.start_timeout:g}"
         # Whatever came of it, it shall not go on.

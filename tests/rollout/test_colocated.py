@@ -64,8 +64,8 @@ def engine(own, model) -> Iterator[VLLMEngine]:
     made.close()
 
 
-def written(engine: Engine) -> list[list[int]]:
-    answers = engine.generate(REQUESTS, Sampling(), max_new_tokens=16, turn_end=frozenset(range(0, 340, 9)))
+def written(engine: Engine, sampling: Sampling = Sampling()) -> list[list[int]]:
+    answers = engine.generate(REQUESTS, sampling, max_new_tokens=16, turn_end=frozenset(range(0, 340, 9)))
     return [list(answer.ids) for answer in answers]
 
 
@@ -76,10 +76,10 @@ def changed(model: PreTrainedModel) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.03)
 
 
-def locally(model: PreTrainedModel) -> list[list[int]]:
+def locally(model: PreTrainedModel, sampling: Sampling = Sampling()) -> list[list[int]]:
     engine = LocalEngine()
     engine.sync(model)
-    return written(engine)
+    return written(engine, sampling)
 
 
 # ---- sleep ----------------------------------------------------------------------------------------------------------
@@ -338,12 +338,12 @@ def test_vllm_has_no_sleep_on_a_cpu_and_says_so(model):
 def test_vllm_takes_every_request_and_is_none_the_worse(model, monkeypatch):
     """Its CPU worker answers as if it slept, and keeps all: what is tried are the requests and their order."""
     monkeypatch.setattr(fleet_module, "SLEEP_MODE", ())
-    engine = VLLMEngine(vllm_servers())
+    engine, greedy = VLLMEngine(vllm_servers()), Sampling(temperature=0.0)
     for _ in range(3):
         engine.sync(model)
         (url,) = engine._fleet.urls
         assert not engine._sleeps(url)
-        assert written(engine) == locally(model)
+        assert written(engine, greedy) == locally(model, greedy)
         engine.rest()
         assert engine._sleeps(url)
         changed(model)

@@ -99,6 +99,11 @@ input()
     ("program", "settings", "told"),
     [
         ("raise ValueError('no such device')", {}, "ended before it was ready .*ValueError: no such device"),
+        (
+            "raise SystemExit('ValidationError: 1 error\\n  Value error, no sleep here\\n    see value_error')",
+            {},
+            "ended before it was ready .*: Value error, no sleep here",
+        ),
         ("import time; time.sleep(100)", {"start_timeout": 0.5}, r"was not ready in time \(start_timeout=0\.5\)"),
     ],
 )
