@@ -183,7 +183,7 @@ class VLLMEngine(Engine):
         Raises:
             ServerError: One does not sleep, or has not given its memory back.
         """
-        if self.servers.colocated:
+        if self.servers.colocated and self._fleet.is_open and not self._asleep:
             together(self._sleep_all)
             self._asleep = True
 

@@ -140,6 +140,15 @@ def test_engines_elsewhere_have_nothing_to_give_back(own, model):
     assert "--enable-sleep-mode" not in own[0].options
 
 
+def test_what_rests_needs_no_rest(engine, own):
+    (server,) = own
+    told = len(server.fake.log)
+    engine.rest()
+    assert len(server.fake.log) == told
+    VLLMEngine(COLOCATED).rest()  # has no server yet
+    assert len(own) == 1
+
+
 # ---- faults ---------------------------------------------------------------------------------------------------------
 
 
