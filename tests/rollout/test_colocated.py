@@ -323,10 +323,14 @@ def test_a_process_of_its_own_sleeps_dies_and_comes_back(model):
         engine.rest()
         changed(model)
         if dies:
-            process = engine._fleet._own._process
-            os.killpg(process.pid, 9)
-            process.wait()
+            kill(engine)
     engine.close()
+
+
+def kill(engine: VLLMEngine) -> None:
+    process = engine._fleet._own._process
+    os.killpg(process.pid, 9)
+    process.wait()
 
 
 # ---- vLLM -----------------------------------------------------------------------------------------------------------
@@ -345,10 +349,11 @@ def test_vllm_has_no_sleep_on_a_cpu_and_says_so(model):
 
 @pytest.mark.vllm
 def test_vllm_takes_every_request_and_is_none_the_worse(model, monkeypatch):
-    """Its CPU worker answers as if it slept, and keeps all: what is tried are the requests and their order."""
+    """Its CPU worker answers as if it slept, and keeps all: what is tried are the requests and their order, and that it
+    is started again where it dies meanwhile."""
     monkeypatch.setattr(fleet_module, "SLEEP_MODE", ())
     engine, greedy = VLLMEngine(vllm_servers()), Sampling(temperature=0.0)
-    for _ in range(3):
+    for dies in (False, False, True, False):
         engine.sync(model)
         (url,) = engine._fleet.urls
         assert not engine._sleeps(url)
@@ -356,4 +361,6 @@ def test_vllm_takes_every_request_and_is_none_the_worse(model, monkeypatch):
         engine.rest()
         assert engine._sleeps(url)
         changed(model)
+        if dies:
+            kill(engine)
     engine.close()
