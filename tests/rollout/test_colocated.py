@@ -2,6 +2,7 @@
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -33,6 +34,11 @@ COLOCATED = Servers(launch=Launch(command=["vllm"], colocated=True), attempts=3,
 REQUESTS = [Request(ids=random_ids(seed, length), seed=seed) for seed, length in enumerate([3, 30, 30, 9])]
 WIDE = {"hidden_size": 64, "initializer_range": 0.1}
 """Heads of 32, the least that vLLM's kernels know."""
+
+
+@pytest.fixture(autouse=True)
+def _logs_go_with_the_test(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 @pytest.fixture(scope="module")
@@ -89,12 +95,14 @@ def test_a_server_sleeps_after_the_rollouts_and_wakes_with_new_weights(engine, o
     engine.sync(model)
     (server,) = own
     assert "--enable-sleep-mode" in server.options
-    paths = [path for path, _ in server.fake.log if path != COMPLETIONS]
-    assert paths == [*RENEWAL, SLEEP, *WAKING]
-    # Nothing is written before it has weights and a cache again.
-    all_paths = [path for path, _ in server.fake.log]
-    asleep = all_paths.index(SLEEP)
-    assert all_paths[asleep : asleep + 1 + len(WAKING)] == [SLEEP, *WAKING]
+    paths = [path for path, _ in server.fake.log]
+    asleep = paths.index("/sleep?level=2")
+    assert paths[: len(RENEWAL)] == [*RENEWAL]
+    # The cache has no place before the weights are there, and nothing is asked before both are.
+    assert paths[asleep + 1 : asleep + 7] == [
+        "/wake_up?tags=weights", "/collective_rpc", "/wake_up?tags=kv_cache", "/reset_prefix_cache",
+        "/update_weight_version", COMPLETIONS,
+    ]  # fmt: skip
     assert not server.fake.asleep
 
 
