@@ -23,8 +23,9 @@ SECONDS_TO_STOP = 20.0
 MEMORY_SHARE = 0.92
 """Of a GPU's memory that vLLM 0.32 takes where `--gpu-memory-utilization` says nothing else."""
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
-ERROR = re.compile(r"Error\b|^  Value error, ")
-"""In a line of a server's output; pydantic, by which vLLM checks its options, writes what is wrong below its error."""
+ERROR = re.compile(r"Error: (?!Engine core initialization failed)|^  Value error, ")
+"""In a line of a server's output. vLLM ends with the words left out here, whatever its engine has met; and pydantic, by
+which it checks its options, writes what is wrong below its error."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,6 +104,11 @@ input()
             {},
             "ended before it was ready .*: Value error, no sleep here",
         ),
+        (
+            "print('ValueError: no memory'); raise RuntimeError('Engine core initialization failed. See above.')",
+            {},
+            "ended before it was ready .*: ValueError: no memory",
+        ),
         ("import time; time.sleep(100)", {"start_timeout": 0.5}, r"was not ready in time \(start_timeout=0\.5\)"),
     ],
 )
