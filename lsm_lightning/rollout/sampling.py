@@ -12,6 +12,9 @@ from lsm_lightning.rollout.base import Sampling
 NUCLEUS_GUESSES = (16, 256)
 """Most probable tokens looked at first: most nuclei are small, and a full sort costs a third of the decoding."""
 
+BELOW_1 = 1 - 2**-22
+"""So far below 1 that a product with it is smaller in float32: a draw then falls on a token with some probability."""
+
 
 def sample(
     logits: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], sampling: Sampling
@@ -51,10 +54,11 @@ def _from_nucleus(
     """In falling order of probability; `total` is the logarithm of the sum of all."""
     first = min(guesses[0], logits.shape[-1]) if guesses else logits.shape[-1]
     top, ids = logits.topk(first, -1)
-    ordered = (top - total[:, None]).exp()
-    sums = ordered.cumsum(-1)
-    inside = ordered.masked_fill(sums - ordered >= top_p, 0.0)
-    tokens = ids.gather(-1, _invert(inside, uniform)[:, None])[:, 0]
+    probs = (top - total[:, None]).exp()
+    sums = probs.cumsum(-1)
+    last = (sums - probs < top_p).sum(-1, keepdim=True).clamp(min=1) - 1  # of the nucleus
+    drawn = uniform[:, None].clamp(max=BELOW_1) * sums.gather(-1, last)
+    tokens = ids.gather(-1, (sums <= drawn).sum(-1, keepdim=True))[:, 0]
     beyond = sums[:, -1] < top_p
     if first < logits.shape[-1] and bool(beyond.any()):
         # Only rows whose nucleus is larger are looked at again: a row's order must not depend on the others.
@@ -72,13 +76,13 @@ def _from_all(probs: Float[Tensor, "b v"], uniform: Float[Tensor, " b"]) -> Int[
     before = sums.cumsum(-1).gather(-1, block)[:, 0] - mass
     within = ((uniform * sums.sum(-1) - before) / mass).clamp(0, 1)
     rows = torch.arange(len(probs), device=probs.device)
-    return block[:, 0] * size + _invert(blocks[rows, block[:, 0]], within)
+    tokens = block[:, 0] * size + _invert(blocks[rows, block[:, 0]], within)
+    return tokens.clamp(max=probs.shape[-1] - 1)
 
 
 def _invert(weights: Float[Tensor, "b k"], uniform: Float[Tensor, " b"]) -> Int[Tensor, " b"]:
     """Where the running sum passes `uniform` times its end; a place with some weight."""
     sums = weights.cumsum(-1)
-    place = torch.searchsorted(sums, uniform[:, None] * sums[:, -1:], right=True)
-    # Rounding may put the draw at the very end; the last place with any weight is the first to reach the total.
-    last = torch.searchsorted(sums, sums[:, -1:].contiguous())
-    return torch.minimum(place, last).clamp(max=weights.shape[-1] - 1)[:, 0]
+    drawn = uniform[:, None].clamp(max=BELOW_1) * sums[:, -1:]
+    # Of what is no number, the last: whoever asked looks at log-probs.
+    return torch.searchsorted(sums, drawn, right=True)[:, 0].clamp(max=weights.shape[-1] - 1)

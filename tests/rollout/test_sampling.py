@@ -139,3 +139,21 @@ def test_log_probs_are_raw(temperature):
     )
     expected = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
     torch.testing.assert_close(log_probs, expected)
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_what_is_no_number_stays_so_and_breaks_nothing(top_p):
+    """Whoever asked looks at the log-probs."""
+    logits = torch.randn(3, 50)
+    logits[1] = torch.nan
+    tokens, log_probs = tokens_and_log_probs(logits, torch.full((3,), 0.3), Sampling(top_p=top_p))
+    assert log_probs.isfinite().tolist() == [True, False, True]
+    assert (tokens < 50).all()
+
+
+@pytest.mark.parametrize("top_p", [0.5, 1.0])
+def test_the_largest_draw_falls_on_a_token_with_some_probability(top_p):
+    logits = torch.full((1, 50), -torch.inf)
+    logits[0, 20:23] = 1.0
+    tokens, _ = tokens_and_log_probs(logits, torch.ones(1), Sampling(top_p=top_p))
+    assert 20 <= int(tokens) < 23
