@@ -405,7 +405,7 @@ class OnPolicyDistillation(LightningModule):
         teacher = self.teachers[batch.task]
         with self._ahead(teacher) as ahead:
             with clock.phase("rollout"):
-                trajectories = self.rollout(batch, on_round=ahead.submit if ahead else None)
+                trajectories = self.rollout(batch, on_turns=ahead.submit if ahead else None)
             turns = [turn for trajectory in trajectories for turn in trajectory.turns]
             groups = self._micro_batches(turns)
             with clock.phase("support"):
@@ -434,7 +434,7 @@ class OnPolicyDistillation(LightningModule):
         return groups + [[]] * (most - len(groups))
 
     def _ahead(self, teacher: Teacher) -> AbstractContextManager[ScoringAhead | None]:
-        """A teacher elsewhere scores a round of the rollout while the student writes the next."""
+        """A teacher elsewhere scores turns while the student writes others."""
         if not teacher.elsewhere or self.objective.student_tokens:
             return nullcontext()
         return ScoringAhead(lambda turns: teacher.score(turns, self._sampled_tokens(turns)))
@@ -460,12 +460,12 @@ class OnPolicyDistillation(LightningModule):
         sampled = sampled_ids(turns, self.device).unsqueeze(-1)
         return sampled if self.objective.adds_sampled else sampled[:, :0]
 
-    def rollout(self, batch: StepBatch, on_round: Callable[[Sequence[Turn]], None] | None = None) -> list[Trajectory]:
+    def rollout(self, batch: StepBatch, on_turns: Callable[[Sequence[Turn]], None] | None = None) -> list[Trajectory]:
         """The student's episodes of a step; their random numbers depend on the seed, the step and the sample only.
 
         Args:
             batch: Which episodes.
-            on_round: Given the turns of each round; all episodes write a turn in one.
+            on_turns: Given turns as they end, while others are being written.
         """
         self.engine.sync(self.student)
         task = self._data.tasks[batch.task]
@@ -480,7 +480,7 @@ class OnPolicyDistillation(LightningModule):
                 self.player(self.sampling),
                 max_new_tokens=task.max_new_tokens,
                 on_progress=self.on_rollout_progress,
-                on_round=on_round,
+                on_turns=on_turns,
                 span=self.trainer.profiler.profile,  # type: ignore[attr-defined]
             )
         )

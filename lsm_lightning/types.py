@@ -62,6 +62,8 @@ class Trajectory:
     """The same by kind, where the task tells kinds apart."""
     outgrown: bool = False
     """Whether it ended because its prompt left no room for an answer in the student's context."""
+    unfinished: bool = False
+    """Whether it was left off after some turns; its reward says nothing then."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

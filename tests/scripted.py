@@ -6,9 +6,10 @@ from collections.abc import Set as AbstractSet
 
 from transformers import PreTrainedTokenizerBase
 
-from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.rollout.base import Conversations, Engine, Request, Sampling
+from lsm_lightning.rollout.collect import Player
 from lsm_lightning.tasks.base import Episode, Split, Task
-from lsm_lightning.types import Completion, Message
+from lsm_lightning.types import Completion, Message, Turn
 
 WORDS = ("apple", "river", "stone")
 
@@ -74,21 +75,31 @@ class ScriptedEngine(Engine):
         self.answer = answer
         self.context = context
         self.calls: list[list[Request]] = []
+        """What was asked together, all of which is answered together too."""
 
     def sync(self, model: object) -> None:
         pass
 
-    def generate(
+    def converse(
         self,
-        requests: Sequence[Request],
+        conversations: Conversations,
         sampling: Sampling,
         *,
         max_new_tokens: int,
         turn_end: AbstractSet[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> list[Completion]:
-        self.calls.append(list(requests))
-        return [self.answer(request) for request in requests]
+    ) -> None:
+        while requests := conversations.requests():
+            self.calls.append(list(requests.values()))
+            conversations.take({number: self.answer(request) for number, request in requests.items()})
 
     def room(self, prompt_tokens: int) -> int | None:
         return None if self.context is None else self.context - prompt_tokens
+
+
+def say(player: Player, conversations: list[list[Message]], max_new_tokens: int) -> list[Turn]:
+    """A turn of the player's in each; seeds are their places."""
+    prompts = player.read(conversations)
+    requests = [player.request(prompt, seed) for seed, prompt in enumerate(prompts)]
+    how = {"max_new_tokens": max_new_tokens, "turn_end": player.turn_end}
+    return player.turns(prompts, player.engine.generate(requests, player.sampling, **how))

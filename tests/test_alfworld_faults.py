@@ -58,18 +58,18 @@ def fit(settings, run, tmp_path, monkeypatch) -> Callable[..., tuple[int, Path]]
 def test_a_run_goes_on_when_its_workers_are_killed_in_every_turn(fit, monkeypatch):
     status, undisturbed = fit("undisturbed", 1)
     assert status == 0
-    right, killed = Player.answer, []
+    right, killed = Player.read, []
 
-    def answer(self: Player, *arguments: Any) -> Any:
+    def read(self: Player, *arguments: Any) -> Any:
         for pid in workers.worker_pool(1).processes:
             os.kill(pid, signal.SIGKILL)
             killed.append(pid)
         return right(self, *arguments)
 
-    monkeypatch.setattr(Player, "answer", answer)
+    monkeypatch.setattr(Player, "read", read)
     status, disturbed = fit("disturbed", 1)
     assert status == 0
-    assert len(set(killed)) == 3
+    assert len(set(killed)) >= 3
     ours, theirs = (load_file(folder / "student" / "model.safetensors") for folder in (undisturbed, disturbed))
     assert all(equal(ours[name], theirs[name]) for name in ours)
 

@@ -8,6 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback, Trainer
 from safetensors import safe_open
+from scripted import say
 from teachers import asked, teacher_at
 
 from lsm_lightning.cli import TRAINER_DEFAULTS
@@ -72,7 +73,7 @@ def answered() -> tuple[Player, list[Turn]]:
     """The student, and what it wrote."""
     student = player_of("student")
     conversations = [[{"role": "user", "content": sample_problem(0, "train", i, 3).question}] for i in range(16)]
-    return student, student.answer(student.read(conversations), seeds=range(16), max_new_tokens=64)
+    return student, say(student, conversations, max_new_tokens=64)
 
 
 def scored(answered: tuple[Player, list[Turn]], *, respell: bool) -> tuple[LocalTeacher, Support]:

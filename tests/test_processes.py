@@ -35,11 +35,10 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.rollout import LocalEngine, Sampling
-from lsm_lightning.rollout.base import Request
+from lsm_lightning.rollout.base import Conversations, Request
 from lsm_lightning.sharding import OffloadedModelParallelStrategy
 from lsm_lightning.tasks.base import Episode, Split, Task
 from lsm_lightning.teacher import LocalTeacher
-from lsm_lightning.types import Completion
 
 WATCHDOG, PATIENCE = 60, 8
 """Seconds in which a process must get on to its next case; and in which one that cannot has not done so."""
@@ -96,9 +95,15 @@ class Uneven(Task):
 class UnevenEngine(LocalEngine):
     """Writes 4 tokens to a short question and 60 to a long one: it never ends a turn itself."""
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling, **settings: Any) -> list[Completion]:
-        limited = [request if is_long(request.ids) else replace(request, limit=4) for request in requests]
-        return super().generate(limited, sampling, **settings | {"turn_end": frozenset()})
+    def converse(self, conversations: Conversations, sampling: Sampling, **settings: Any) -> None:
+        right = conversations.requests
+
+        def limited() -> dict[int, Request]:
+            asked = right().items()
+            return {number: r if is_long(r.ids) else replace(r, limit=4) for number, r in asked}
+
+        conversations.requests = limited
+        super().converse(conversations, sampling, **settings | {"turn_end": frozenset()})
 
 
 def is_long(prompt: Sequence[int]) -> bool:

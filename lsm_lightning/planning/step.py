@@ -299,7 +299,7 @@ class _Step:
             dtype = self._replica_type(engine.dtype)
             self.replica = _model(self.module.student_name, dtype).requires_grad_(False).eval()
         distinct = math.ceil(rows / lengths.samples)
-        waiting = lengths.episodes > rows
+        waiting = lengths.episodes > rows or lengths.turns > 1
         prefill, decode, read = self._write(self.replica, rows, distinct, self.module.sampling, waiting=waiting)
         rounds = math.ceil(lengths.episodes / rows) * lengths.turns
         # Sharded weights come into the replica one at a time.

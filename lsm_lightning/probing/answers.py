@@ -9,8 +9,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.pretrained import render
-from lsm_lightning.rollout.collect import Player
-from lsm_lightning.seeds import seed_of
+from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.tasks.base import Task
 from lsm_lightning.types import Completion, Message, Prompt, Turn
 from tokenalign import Pair
@@ -37,26 +36,20 @@ def openings(task: Task, indices: Sequence[int]) -> list[list[Message]]:
     return conversations
 
 
-def play(task: Task, player: Player, *, indices: Sequence[int], rounds: int, max_new_tokens: int, seed: int) -> Played:
+def play(
+    task: Task, player: Player, *, indices: Sequence[int], max_turns: int, max_new_tokens: int, seed: int
+) -> Played:
     """Play training episodes for so many turns, or to their end."""
-    episodes = [task.episode("train", index) for index in indices]
-    turns: list[Turn] = []
-    try:
-        for number in range(rounds):
-            going = [(index, episode) for index, episode in zip(indices, episodes, strict=True) if not episode.done]
-            if not going:
-                break
-            conversations = [list(episode.messages()) for _, episode in going]
-            seeds = [seed_of(seed, "probe", index, number) for index, _ in going]
-            answered = player.answer(player.read(conversations), seeds, max_new_tokens)
-            turns += answered
-            for (_, episode), turn in zip(going, answered, strict=True):
-                episode.step(turn.answer)
-        rewards = [episode.reward for episode in episodes if episode.done]
-    finally:
-        for episode in episodes:
-            episode.close()
-    return Played(turns=turns, rewards=rewards)
+    trajectories = collect(
+        [((seed, "probe", index), task.episode("train", index)) for index in indices],
+        player,
+        max_new_tokens=max_new_tokens,
+        max_turns=max_turns,
+    )
+    return Played(
+        turns=[turn for trajectory in trajectories for turn in trajectory.turns],
+        rewards=[trajectory.reward for trajectory in trajectories if not trajectory.unfinished],
+    )
 
 
 def ended(turn: Turn, turn_end: AbstractSet[int]) -> bool:

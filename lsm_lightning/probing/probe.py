@@ -63,14 +63,14 @@ class Probing:
     """Whether the teacher writes answers of its own; without, what needs them is not looked at."""
 
     @property
-    def rounds(self) -> int:
-        """Turns of an episode; where there may be many, some of the texts are later turns."""
+    def turns(self) -> int:
+        """Of an episode, at most; where there may be many, some of the texts are later turns."""
         return min(self.task.max_turns, math.isqrt(self.texts))
 
     @property
     def indices(self) -> range:
         """The training problems that are played."""
-        return range(self.first, self.first + math.ceil(self.texts / self.rounds))
+        return range(self.first, self.first + math.ceil(self.texts / self.turns))
 
     @property
     def new(self) -> int:
@@ -211,7 +211,7 @@ def _write(probing: Probing, writer: Player | None) -> _Written:
             probing.task,
             player,
             indices=probing.indices,
-            rounds=probing.rounds,
+            max_turns=probing.turns,
             max_new_tokens=probing.new,
             seed=probing.seed,
         )

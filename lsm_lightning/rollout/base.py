@@ -1,7 +1,7 @@
 """An engine is a replica of the student that writes answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -64,6 +64,44 @@ def check_finite(finite: bool) -> None:
         )
 
 
+class Conversations(ABC):
+    """Who asks: conversations, by number, each of which asks again when its answer is there, or is over.
+
+    An engine takes turns with it in one thread: it hands answers over as soon as they are complete, and fetches what
+    follows from them when it has time for more. So the environments that an answer is for may be at work in between.
+    """
+
+    @abstractmethod
+    def take(self, answers: Mapping[int, Completion]) -> None:
+        """Take answers to what was asked; what they lead to need not be waited for.
+
+        Args:
+            answers: By the number of the conversation, at most one for each.
+        """
+
+    @abstractmethod
+    def requests(self) -> dict[int, Request]:
+        """What those ask next whose answers have been taken since the last call; at the first call, what all ask.
+
+        A conversation that is over is left out.
+        """
+
+
+class _Questions(Conversations):
+    """Conversations of one answer each."""
+
+    def __init__(self, requests: Sequence[Request]) -> None:
+        self._asked = dict(enumerate(requests))
+        self.answers: dict[int, Completion] = {}
+
+    def take(self, answers: Mapping[int, Completion]) -> None:
+        self.answers.update(answers)
+
+    def requests(self) -> dict[int, Request]:
+        asked, self._asked = self._asked, {}
+        return asked
+
+
 class Engine(ABC):
     """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""
 
@@ -72,6 +110,25 @@ class Engine(ABC):
         """Take over the model's weights; every rank calls it together."""
 
     @abstractmethod
+    def converse(
+        self,
+        conversations: Conversations,
+        sampling: Sampling,
+        *,
+        max_new_tokens: int,
+        turn_end: AbstractSet[int],
+        tokenizer: PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        """Answer until every conversation is over; none waits for the answer of another.
+
+        Args:
+            conversations: Who asks.
+            sampling: How tokens are drawn.
+            max_new_tokens: Longest answer.
+            turn_end: Tokens of which each ends an answer, as its last one.
+            tokenizer: The model's; needed with `sampling.stop` only.
+        """
+
     def generate(
         self,
         requests: Sequence[Request],
@@ -81,21 +138,16 @@ class Engine(ABC):
         turn_end: AbstractSet[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> list[Completion]:
-        """Answers in the order of the requests.
-
-        Args:
-            requests: What is asked.
-            sampling: How tokens are drawn.
-            max_new_tokens: Longest answer.
-            turn_end: Tokens of which each ends an answer, as its last one.
-            tokenizer: The model's; needed with `sampling.stop` only.
-        """
+        """Answers in the order of the requests, of which none follows from another; for the rest see `converse`."""
+        questions = _Questions(requests)
+        self.converse(questions, sampling, max_new_tokens=max_new_tokens, turn_end=turn_end, tokenizer=tokenizer)
+        return [questions.answers[number] for number in range(len(requests))]
 
     def room(self, prompt_tokens: int) -> int | None:
         """How many tokens fit into the model's context behind a prompt; below 1 is none, None is no limit."""
         return None
 
-    def check_room(self, requests: Sequence[Request], max_new_tokens: int, *, whose: str, remedy: str) -> None:
+    def check_room(self, requests: Iterable[Request], max_new_tokens: int, *, whose: str, remedy: str) -> None:
         """Make sure that the context holds every prompt and its longest answer.
 
         Args:

@@ -1,11 +1,9 @@
-"""Answers written side by side: where one ends, the next begins."""
+"""Answers written side by side: where one ends, the next begins, of the same conversation or of another."""
 
 import math
-from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -20,8 +18,11 @@ from lsm_lightning.rollout.sampling import sample
 from lsm_lightning.rollout.stops import StopStrings
 from lsm_lightning.types import Completion
 
-REFILL = 1 / 8
-"""Share of the rows that has to be free before waiting answers are let in: prefills in company cost less."""
+PATIENCE = 1.0
+"""Answers that wait are let in when the rows that stay free meanwhile have lost so many tokens for each row that could
+be written: in company prefills cost less."""
+COMPANY = 4.0
+"""The same where all that wait have found a row. Then conversations that write alike stay together, and lose little."""
 PADDING = 1 / 4
 """Share of a prefill's longest prompt by which another one may fall short of it."""
 COLUMNS = 64
@@ -40,6 +41,8 @@ class Ends:
 class Answer:
     """One request, and what has been written."""
 
+    number: int
+    """Of its conversation."""
     prompt: tuple[int, ...]
     limit: int
     """Most tokens."""
@@ -51,10 +54,10 @@ class Answer:
     stopped: bool = False
 
     @classmethod
-    def of(cls, request: Request, max_new_tokens: int) -> "Answer":
+    def of(cls, number: int, request: Request, max_new_tokens: int) -> "Answer":
         """Nothing is written yet."""
         limit = request.longest(max_new_tokens)
-        return cls(prompt=tuple(request.ids), limit=limit, numbers=_numbers(request.seed))
+        return cls(number=number, prompt=tuple(request.ids), limit=limit, numbers=_numbers(request.seed))
 
     def add(self, token: int, log_prob: float, ends: Ends) -> bool:
         """One more token, with its log-prob; tells whether the answer goes on."""
@@ -103,52 +106,103 @@ class Prefill:
 
 
 class Batch:
-    """Answers in the making, so many at a time; the longest prompts come first, so that no row moves for a longer one.
+    """Answers in the making, so many at a time; the longest prompts come first, so that rows move seldom.
 
     Args:
         model: In eval mode.
-        answers: To be filled in.
+        ask: Gives what is to be answered: at first, and then what follows from the answers given.
+        give: Takes answers, by the number of their conversation, as soon as they are complete.
         sampling: How tokens are drawn.
         ends: Where an answer ends.
         rows: Answers written side by side.
     """
 
     def __init__(
-        self, model: PreTrainedModel, answers: Sequence[Answer], sampling: Sampling, ends: Ends, rows: int
+        self,
+        model: PreTrainedModel,
+        ask: Callable[[], Sequence[Answer]],
+        give: Callable[[Mapping[int, Completion]], None],
+        sampling: Sampling,
+        ends: Ends,
+        rows: int,
     ) -> None:
         self.model, self.sampling, self.ends, self.rows = model, sampling, ends, rows
-        self.waiting = deque(sorted(answers, key=lambda answer: (-len(answer.prompt), answer.prompt)))
+        self._ask, self._give = ask, give
+        self.waiting: list[Answer] = []
         self.writing: list[Answer] = []
         """One a row of the cache."""
+        self.given = 0
+        """Answers given since it was last asked what follows from them."""
+        self.lost = 0
+        """Tokens that could have been written in rows that were free, since answers were last let in."""
         self.cache: RowCache | None = None
         self.tokens = torch.zeros(0, dtype=torch.long, device=model.device)
         """`[rows]` The last token of each, which the model has not seen yet."""
         self.seen = torch.zeros_like(self.tokens)
         """`[rows]` How many it has seen."""
         self._prefill: Prefill | None = None
+        self._read: list[Answer] = []
+        """Those that wait and whose prompts are in the prefill."""
         self._padding = 0.0 if recurrent(model) else PADDING
 
     @torch.no_grad()
     def run(self) -> None:
         """Write all of them to their ends."""
-        while self.waiting or self.writing:
-            if self.waiting and (not self.writing or self._free >= REFILL * self.rows):
-                self._let_in()
-            else:
+        self._hear()
+        while self._open:
+            patience = PATIENCE if self._asking else COMPANY
+            if self.writing and self.lost < patience * self._rows:
                 self._write()
+                continue
+            self.lost = 0
+            if self.given:
+                self._hear()
+            while self._free and self._asking:
+                self._let_in()
+
+    @property
+    def _open(self) -> int:
+        """Conversations that are not over, as far as is known."""
+        return len(self.writing) + self._asking + self.given
+
+    @property
+    def _asking(self) -> int:
+        """Answers that wait."""
+        return len(self._read) + len(self.waiting)
+
+    @property
+    def _rows(self) -> int:
+        """Rows that there is something for, as far as is known."""
+        return min(self.rows, self._open)
 
     @property
     def _free(self) -> int:
         return self.rows - len(self.writing)
 
+    def _hear(self) -> None:
+        """What is asked next."""
+        self.given = 0
+        asked = self._ask()
+        self._end([answer for answer in asked if answer.limit < 1])
+        self.waiting += [answer for answer in asked if answer.limit > 0]
+        self.waiting.sort(key=lambda answer: (-len(answer.prompt), answer.prompt))
+
+    def _end(self, answers: Sequence[Answer]) -> None:
+        """These are complete."""
+        if answers:
+            self.given += len(answers)
+            self._give({answer.number: answer.completion() for answer in answers})
+
     # ---- new rows ---------------------------------------------------------------------------------------------------
 
     def _let_in(self) -> None:
         """Answers that wait, as many as rows are free and one prefill is for."""
-        prefill = self._prefill or Prefill.read(self.model, self._next_prompts())
-        taken: list[Answer] = []
-        while self.waiting and len(taken) < self._free and self.waiting[0].prompt in prefill.row_of:
-            taken.append(self.waiting.popleft())
+        if self._prefill is None:
+            self._prefill = Prefill.read(self.model, self._next_prompts())
+            self._read = [answer for answer in self.waiting if answer.prompt in self._prefill.row_of]
+            del self.waiting[: len(self._read)]
+        prefill, free = self._prefill, self._free
+        taken, self._read = self._read[:free], self._read[free:]
         tokens, going = self._draw(taken, prefill.logits[prefill.index(taken)])
         if going:
             self.writing += (taken := [taken[row] for row in going])
@@ -157,27 +211,29 @@ class Batch:
             self.seen = torch.cat((self.seen, torch.tensor(lengths, device=self.seen.device)))
             if self.cache is None:
                 self.cache = RowCache(self.model, max(lengths), *self._room(max(lengths)))
+            elif max(lengths) > self.cache.length:
+                self.cache.lengthen(max(lengths), *self._room(max(lengths)))
             self.cache.append(prefill.cache, prefill.index(taken))
         # Where rows ran out in the middle of a group, its prompt is kept for the rest.
-        rest = self.waiting[0].prompt if self.waiting else None
-        self._prefill = prefill.only(rest) if rest in prefill.row_of else None
+        self._prefill = prefill.only(self._read[0].prompt) if self._read else None
 
     def _next_prompts(self) -> list[tuple[int, ...]]:
         """Distinct ones of like length, for as many answers as rows are free."""
         shortest = len(self.waiting[0].prompt) * (1 - self._padding)
-        prompts = (answer.prompt for answer in islice(self.waiting, self._free))
+        prompts = (answer.prompt for answer in self.waiting[: self._free])
         return list(dict.fromkeys(prompt for prompt in prompts if len(prompt) >= shortest))
 
     def _room(self, length: int) -> tuple[int, int]:
         """Rows and columns that the cache is to have room for, beyond the tokens that it holds."""
-        needed = max(answer.limit - len(answer.ids) for answer in (*self.writing, *self.waiting))
-        return min(self.rows, len(self.writing) + len(self.waiting)), more_columns(length, needed)
+        needed = max(answer.limit - len(answer.ids) for answer in (*self.writing, *self._read, *self.waiting))
+        return self._rows, more_columns(length, needed)
 
     # ---- one more token ---------------------------------------------------------------------------------------------
 
     def _write(self) -> None:
         """One more token for every row."""
         assert self.cache is not None
+        self.lost += self._rows - len(self.writing)
         if not self.cache.room:
             self.cache.reserve(*self._room(self.cache.length))
         output = self.model(
@@ -200,6 +256,7 @@ class Batch:
         check_finite(all(map(math.isfinite, log_probs)))
         added = zip(answers, tokens.tolist(), log_probs, strict=True)
         goes_on = [answer.add(token, log_prob, self.ends) for answer, token, log_prob in added]
+        self._end([answer for answer, going in zip(answers, goes_on, strict=True) if not going])
         return tokens, [row for row, going in enumerate(goes_on) if going]
 
     def _keep(self, going: Sequence[int]) -> None:

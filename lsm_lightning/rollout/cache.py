@@ -69,10 +69,12 @@ class RowLayer(DynamicLayer):
         self.rows = len(order)
 
     def reserve(self, rows: int, columns: int) -> None:
-        """Move to memory for so many rows and new columns."""
-        held = slice(self.end - self.held, self.end)
+        """Move to memory for so many rows and new columns; where a longer row is to come, also before those held."""
+        first = max(0, self.end - self.held)
+        before = self.held - (self.end - first)
+        old = [memory[: self.rows, :, first : self.end] for memory in _both(self)]
         self.end = self.held
-        self.keys, self.values = (_with_room(old[: self.rows, :, held], rows, columns) for old in _both(self))
+        self.keys, self.values = (_with_room(memory, rows, columns, before) for memory in old)
 
     def update(
         self, key_states: Float[Tensor, "n h t d"], value_states: Float[Tensor, "n h t e"], *args: Any, **kwargs: Any
@@ -144,8 +146,7 @@ class RowCache(Cache):
 
     Args:
         model: Which model.
-        length: Tokens of the longest prompt of the first rows; none of those that follow is longer than what the
-            longest row has seen by then.
+        length: Tokens of the longest prompt of the first rows; before a longer one follows, `lengthen` is called.
         rows: There is room for so many.
         columns: Tokens that can be written before `reserve` has to make room.
 
@@ -193,6 +194,12 @@ class RowCache(Cache):
             if isinstance(layer, RowLayer):
                 layer.length = length
 
+    def lengthen(self, length: int, rows: int, columns: int) -> None:
+        """A longer row is to come. Where too few columns are behind those that write, all move, as in `reserve`."""
+        self.shorten(length)
+        if any(isinstance(layer, RowLayer) and layer.end < layer.held for layer in self.layers):
+            self.reserve(rows, columns)
+
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for so many rows and tokens, layer by layer."""
         self.room = columns
@@ -232,9 +239,9 @@ def _both(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
 
 
-def _with_room(old: Float[Tensor, "n h l d"], rows: int, columns: int) -> Float[Tensor, "m h k d"]:
+def _with_room(old: Float[Tensor, "n h l d"], rows: int, columns: int, before: int = 0) -> Float[Tensor, "m h k d"]:
     """The same in memory for so many rows and more columns. Zeros, since what is masked must still be a number."""
     n, heads, length, width = old.shape
-    memory = old.new_zeros((rows, heads, length + columns, width))
-    memory[:n, :, :length] = old
+    memory = old.new_zeros((rows, heads, before + length + columns, width))
+    memory[:n, :, before : before + length] = old
     return memory

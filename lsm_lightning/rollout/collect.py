@@ -1,6 +1,6 @@
-"""Episodes × engine → trajectories: every open episode writes one turn at a time, all of them in one batch."""
+"""Episodes × engine → trajectories: every open episode is a conversation, which goes on when its answer is there."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.pretrained import render
-from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.rollout.base import Conversations, Engine, Request, Sampling
 from lsm_lightning.seeds import seed_of
 from lsm_lightning.tasks.base import Episode
 from lsm_lightning.types import Completion, Message, Prompt, Trajectory, Turn
@@ -33,19 +33,22 @@ class Player:
         room = self.engine.room(len(prompt.ids))
         return room is None or room > 0
 
-    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int], max_new_tokens: int) -> list[Turn]:
-        """One turn for each prompt; where the context has room for less than `max_new_tokens`, it is the limit."""
-        requests = [
-            Request(ids=prompt.ids, seed=seed, limit=self.engine.room(len(prompt.ids)))
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
-        completions = self.engine.generate(
-            requests,
+    def request(self, prompt: Prompt, seed: int) -> Request:
+        """Asks for one answer; where the context has room for less than the longest, that is its limit."""
+        return Request(ids=prompt.ids, seed=seed, limit=self.engine.room(len(prompt.ids)))
+
+    def converse(self, conversations: Conversations, max_new_tokens: int) -> None:
+        """Answer until every conversation is over."""
+        self.engine.converse(
+            conversations,
             self.sampling,
             max_new_tokens=max_new_tokens,
             turn_end=self.turn_end,
             tokenizer=self.tokenizer,
         )
+
+    def turns(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Turn]:
+        """Prompts and their answers, these as text too."""
         texts = self.tokenizer.batch_decode([self._text_ids(c) for c in completions], skip_special_tokens=False)
         return [
             Turn(prompt=prompt, completion=completion, answer=text)
@@ -62,11 +65,10 @@ class _Game:
     episode: Episode
     key: tuple[int | str, ...]
     turns: list[Turn] = field(default_factory=list)
+    prompt: Prompt | None = None
+    """What its next turn answers."""
     outgrown: bool = False
-
-    @property
-    def over(self) -> bool:
-        return self.outgrown or self.episode.done
+    unfinished: bool = False
 
     def trajectory(self) -> Trajectory:
         return Trajectory(
@@ -76,7 +78,61 @@ class _Game:
             invalid_actions=self.episode.invalid_actions,
             invalid_kinds=dict(self.episode.invalid_kinds),
             outgrown=self.outgrown,
+            unfinished=self.unfinished,
         )
+
+
+@dataclass(kw_only=True)
+class _Play(Conversations):
+    """Episodes as conversations, each under its place in the list."""
+
+    games: Sequence[_Game]
+    player: Player
+    max_turns: int | None
+    on_progress: Callable[[int, int], None] | None
+    on_turns: Callable[[Sequence[Turn]], None] | None
+    span: Callable[[str], AbstractContextManager[object]]
+    finished: int = 0
+
+    def __post_init__(self) -> None:
+        self._moved = list(range(len(self.games)))
+        """Which of them have taken a step since they were last asked for a prompt."""
+
+    def take(self, answers: Mapping[int, Completion]) -> None:
+        prompts = [self.games[number].prompt for number in answers]
+        turns = self.player.turns([prompt for prompt in prompts if prompt is not None], list(answers.values()))
+        with self.span("environments"):
+            for number, turn in zip(answers, turns, strict=True):
+                self.games[number].turns.append(turn)
+                self.games[number].episode.step(turn.answer)
+        self._moved += answers
+        if self.on_turns is not None:
+            self.on_turns(turns)
+
+    def requests(self) -> dict[int, Request]:
+        moved, self._moved = self._moved, []
+        with self.span("environments"):
+            going = [number for number in moved if not self._is_over(self.games[number])]
+            conversations = [list(self.games[number].episode.messages()) for number in going]
+        asked = {}
+        for number, prompt in zip(going, self.player.read(conversations), strict=True):
+            game = self.games[number]
+            game.prompt, game.outgrown = prompt, not self.player.has_room(prompt)
+            if game.outgrown:
+                game.episode.close()
+            else:
+                asked[number] = self.player.request(prompt, seed_of(*game.key, len(game.turns)))
+        self.finished += len(moved) - len(asked)
+        if self.on_progress is not None and moved:
+            self.on_progress(self.finished, len(self.games))
+        return asked
+
+    def _is_over(self, game: _Game) -> bool:
+        done = game.episode.done
+        game.unfinished = not done and len(game.turns) == self.max_turns
+        if done or game.unfinished:
+            game.episode.close()
+        return done or game.unfinished
 
 
 def collect(
@@ -84,11 +140,12 @@ def collect(
     player: Player,
     *,
     max_new_tokens: int,
+    max_turns: int | None = None,
     on_progress: Callable[[int, int], None] | None = None,
-    on_round: Callable[[Sequence[Turn]], None] | None = None,
+    on_turns: Callable[[Sequence[Turn]], None] | None = None,
     span: Callable[[str], AbstractContextManager[object]] = nullcontext,
 ) -> list[Trajectory]:
-    """Play episodes to their end, in lock step.
+    """Play episodes to their end, side by side; each goes on when its answer is there, whatever the others are at.
 
     An episode whose prompt leaves no room for an answer in the model's context ends there, without a reward.
 
@@ -96,39 +153,20 @@ def collect(
         episodes: Each with the key that its random numbers derive from; the turn's number is added to it.
         player: Writes the answers.
         max_new_tokens: Longest answer in one turn.
-        on_progress: Told (finished, all) after each round, for a progress bar.
-        on_round: Given the turns of each round, while their environments may be at work still.
-        span: Entered, by name, around each thing that takes time.
+        max_turns: Leave off after so many turns of an episode.
+        on_progress: Told (finished, all) now and then, for a progress bar.
+        on_turns: Given turns as they end, while their environments may be at work still.
+        span: Entered, by name, around each thing that takes time: `answers` holds all the play, `environments` in it
+            their steps and the waiting for them.
 
     Returns:
         One trajectory for each episode, in their order. Every episode is closed, also when an error ends the play.
     """
     games = [_Game(episode=episode, key=key) for key, episode in episodes]
+    play = _Play(games=games, player=player, max_turns=max_turns, on_progress=on_progress, on_turns=on_turns, span=span)
     try:
-        while going := [game for game in games if not game.over]:
-            with span("environments"):
-                conversations = [list(game.episode.messages()) for game in going]
-            prompts = player.read(conversations)
-            for game, prompt in zip(going, prompts, strict=True):
-                game.outgrown = not player.has_room(prompt)
-            asked = [(game, prompt) for game, prompt in zip(going, prompts, strict=True) if not game.outgrown]
-            with span("answers"):
-                turns = player.answer(
-                    [prompt for _, prompt in asked],
-                    [seed_of(*game.key, len(game.turns)) for game, _ in asked],
-                    max_new_tokens,
-                )
-            for (game, _), turn in zip(asked, turns, strict=True):
-                game.turns.append(turn)
-                game.episode.step(turn.answer)
-            if on_round is not None:
-                on_round(turns)
-            with span("environments"):
-                for game in going:  # not before all have taken their step: environments may be at work side by side
-                    if game.over:
-                        game.episode.close()
-            if on_progress is not None:
-                on_progress(sum(game.over for game in games), len(games))
+        with span("answers"):
+            player.converse(play, max_new_tokens)
     finally:
         for game in games:
             game.episode.close()

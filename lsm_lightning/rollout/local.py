@@ -1,7 +1,6 @@
 """A rollout engine on transformers: a replica of the student writes, in this process and on the student's device."""
 
 import copy
-from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from functools import cached_property
 
@@ -10,11 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.pretrained import DType, context_of
-from lsm_lightning.rollout.base import Engine, Request, Sampling
+from lsm_lightning.rollout.base import Conversations, Engine, Sampling
 from lsm_lightning.rollout.batch import Answer, Batch, Ends
 from lsm_lightning.rollout.stops import stop_strings
 from lsm_lightning.student import merged_parameters
-from lsm_lightning.types import Completion
 
 
 class LocalEngine(Engine):
@@ -49,31 +47,35 @@ class LocalEngine(Engine):
                 mine.pop(name).copy_(theirs)
         assert not mine, f"not copied: {', '.join(mine)}"
 
-    def generate(
+    def converse(
         self,
-        requests: Sequence[Request],
+        conversations: Conversations,
         sampling: Sampling,
         *,
         max_new_tokens: int,
         turn_end: AbstractSet[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> list[Completion]:
-        """See `Engine.generate`.
+    ) -> None:
+        """See `Engine.converse`.
 
         Raises:
             ConfigurationError: A prompt and its longest answer exceed the model's context, the model has layers that
                 cannot be kept, or strings are to end an answer and the tokenizer is missing.
         """
-        assert self._replica is not None, "sync() comes before generate()"
+        assert self._replica is not None, "sync() comes before converse()"
         if sampling.stop and tokenizer is None:
-            raise ConfigurationError(f"stop={list(sampling.stop)} is looked for in texts: give generate() a tokenizer.")
+            raise ConfigurationError(f"stop={list(sampling.stop)} is looked for in texts: give the engine a tokenizer.")
         stops = stop_strings(tokenizer, tuple(sampling.stop)) if sampling.stop and tokenizer is not None else None
-        self.check_room(requests, max_new_tokens, whose="student", remedy="take a model with a longer context")
-        answers = [Answer.of(request, max_new_tokens) for request in requests]
+
+        def ask() -> list[Answer]:
+            asked = conversations.requests()
+            remedy = "take a model with a longer context"
+            self.check_room(asked.values(), max_new_tokens, whose="student", remedy=remedy)
+            return [Answer.of(number, request, max_new_tokens) for number, request in asked.items()]
+
+        ends = Ends(turn=turn_end, stops=stops)
         with torch.autocast(self._replica.device.type, enabled=False):  # the replica's dtype decides
-            asked = [answer for answer in answers if answer.limit > 0]
-            Batch(self._replica, asked, sampling, Ends(turn=turn_end, stops=stops), self.batch_size).run()
-        return [answer.completion() for answer in answers]
+            Batch(self._replica, ask, conversations.take, sampling, ends, self.batch_size).run()
 
     def room(self, prompt_tokens: int) -> int | None:
         """See `Engine.room`; `sync` comes before."""

@@ -22,9 +22,9 @@ from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.pretrained import DType, context_of
 from lsm_lightning.processes import gather, together
-from lsm_lightning.rollout.base import Engine, Request, Sampling, check_finite
+from lsm_lightning.rollout.base import Conversations, Engine, Request, Sampling, check_finite
 from lsm_lightning.serving import protocol
-from lsm_lightning.serving.client import Question, ServerError
+from lsm_lightning.serving.client import BadAnswer, Question, ServerError
 from lsm_lightning.serving.fleet import SLEEP_MODE, Fleet, Servers
 from lsm_lightning.serving.gpu import free_memory, give_back_cache
 from lsm_lightning.sharding import rest
@@ -46,6 +46,8 @@ WAKING = (
 """The same for one that sleeps: its weights have a place before its cache has one, and with that it goes on."""
 SLEEP = "/sleep?level=2"
 """At this level weights are thrown away like the cache; new ones come anyway."""
+VERSION = "/weight_info"
+"""What a server says of the weights that it has."""
 HEADLESS = frozenset({"gemma2", "gemma3n", "gemma3n_text"})
 """Kinds of models to which vLLM gives no output matrix besides the embedding, so that it refuses weights for one."""
 RENEWING, FALLING_ASLEEP = "to take over new weights", "to sleep"
@@ -85,7 +87,8 @@ class VLLMEngine(Engine):
         self.folder = folder
         self.dtype: DType = dtype
         self.tolerance = tolerance
-        self._fleet = Fleet(servers, self._renewed)
+        proof = Question(what="to tell whose weights it has", path=VERSION, read=self._prove)
+        self._fleet = Fleet(servers, self._renewed, proof)
         self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
@@ -132,45 +135,50 @@ class VLLMEngine(Engine):
         together(lambda: self._renew_all(former))
         self._asleep = False
 
-    def generate(
+    def converse(
         self,
-        requests: Sequence[Request],
+        conversations: Conversations,
         sampling: Sampling,
         *,
         max_new_tokens: int,
         turn_end: AbstractSet[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
-    ) -> list[Completion]:
-        """See `Engine.generate`.
+    ) -> None:
+        """See `Engine.converse`.
 
         Raises:
             ConfigurationError: A prompt and the longest answer exceed the servers' context.
             ServerError: A request was not answered.
         """
-        assert self._fleet.model is not None, "sync() comes before generate()"
+        assert self._fleet.model is not None, "sync() comes before converse()"
         assert not self._asleep, "after rest(), too"
-        self.check_room(requests, max_new_tokens, whose="server", remedy="start it with a larger --max-model-len")
-        # Equal prompts go to one server, which caches them.
-        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(request.ids) for request in requests))}
         name = self._fleet.model.name
+        first_prompts: dict[tuple[int, ...], int] = {}
+        server: dict[int, int] = {}
 
-        def question(place: int, request: Request) -> Question[Completion]:
+        def questions() -> dict[int, tuple[int, Question[Completion]]]:
+            asked = conversations.requests()
+            remedy = "start it with a larger --max-model-len"
+            self.check_room(asked.values(), max_new_tokens, whose="server", remedy=remedy)
+            # Where one prompt of a conversation is cached, its next ones go too; equal first prompts share a server.
+            for number, request in asked.items():
+                if number not in server:
+                    server[number] = first_prompts.setdefault(tuple(request.ids), len(first_prompts))
+            return {number: (server[number], question(number, request)) for number, request in asked.items()}
+
+        def question(number: int, request: Request) -> Question[Completion]:
             return Question(
-                what=f"answer {place + 1} of {len(requests)}",
+                what=f"the answer in conversation {number + 1} of {len(server)}",
                 path=protocol.COMPLETIONS,
                 body=protocol.writing(name, request, sampling, max_new_tokens, turn_end),
                 read=lambda answer: protocol.read_written(answer, request, sampling, max_new_tokens, turn_end),
             )
 
-        questions = [(number[tuple(request.ids)], question(place, request)) for place, request in enumerate(requests)]
-        for _ in range(self.servers.attempts):
-            answers = self._fleet.ask(questions)
-            lost = [url for url in self._fleet.answered if self._probe is not None and not self._is_present(url)]
-            if not lost:
-                return answers
-            for url in lost:
-                self._renewed(url)
-        raise ServerError(f"The server {lost[0]} loses the student's weights again and again: look into its log.")
+        def answered(answers: Mapping[int, Completion]) -> dict[int, tuple[int, Question[Completion]]]:
+            conversations.take(answers)
+            return questions()
+
+        self._fleet.converse(questions(), answered)
 
     def room(self, prompt_tokens: int) -> int | None:
         """See `Engine.room`; `sync` comes before."""
@@ -259,10 +267,15 @@ class VLLMEngine(Engine):
             "anew all the time?"
         )
 
+    def _prove(self, told: Mapping[str, object]) -> None:
+        """That a server has the present weights still, by its own account."""
+        if told["weight_version"] != self._version:
+            raise BadAnswer("has lost the student's weights, as one that was started anew or that another run uses")
+
     def _is_present(self, url: str) -> bool:
         """Whether a server has the present weights by its own account."""
         version: str = self._fleet.ask_at(
-            url, Question(what=RENEWING, path="/weight_info", read=lambda answer: str(answer["weight_version"]))
+            url, Question(what=RENEWING, path=VERSION, read=lambda answer: str(answer["weight_version"]))
         )
         return version == self._version
 

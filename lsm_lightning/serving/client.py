@@ -2,10 +2,15 @@
 
 import asyncio
 import json
+import math
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
 import aiohttp
@@ -13,6 +18,7 @@ import aiohttp
 from lsm_lightning.errors import ConfigurationError
 
 Answer = TypeVar("Answer")
+Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
 """Seconds between two attempts, doubled each time."""
 SECONDS_BETWEEN_LOOKS = 0.5
@@ -62,21 +68,29 @@ class Client:
         remedy: Ends the text of an error.
         back: Asked, in a thread, before a server that was not reachable gets another question: whether it is there
             again and fit for use.
+        proof: That a server is still as fit as it was; its `read` raises `BadAnswer` where it is not. No answer counts
+            before that has been asked behind it, and a server that gives none is looked after as one that was away.
     """
 
     def __init__(
-        self, servers: Sequence[str], patience: Patience, remedy: str, back: Callable[[str], bool] = lambda url: True
+        self,
+        servers: Sequence[str],
+        patience: Patience,
+        remedy: str,
+        back: Callable[[str], bool] = lambda url: True,
+        proof: Question[None] | None = None,
     ) -> None:
         self.servers = list(servers)
         self._patience = patience
         self._remedy = remedy
         self._back = back
+        self._proof = proof
+        self._proven: dict[str, float] = {}
+        """When each server was asked for the last proof that it gave."""
         self._away: dict[str, float] = {}
         """Servers that were not reachable, and when they were last looked after."""
         self._outages: Counter[str] = Counter()
         self._locks: dict[str, asyncio.Lock] = {}
-        self.answered: set[str] = set()
-        """Servers whose answers the last `ask` returned."""
 
     def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
         """Answers in the order of the questions, each of which comes with the number of its server.
@@ -84,20 +98,69 @@ class Client:
         Raises:
             ServerError: A question was not answered after all attempts, or was refused.
         """
-        self.answered = set()
-        return asyncio.run(self._ask_all(questions)) if questions else []
+        answers: dict[int, Answer] = {}
+
+        def keep(come: Mapping[int, Answer]) -> dict[int, tuple[int, Question[Answer]]]:
+            answers.update(come)
+            return {}
+
+        self.converse(dict(enumerate(questions)), keep)
+        return [answers[place] for place in range(len(questions))]
+
+    def converse(
+        self,
+        questions: Mapping[int, tuple[int, Question[Answer]]],
+        answered: Callable[[Mapping[int, Answer]], Mapping[int, tuple[int, Question[Answer]]]],
+    ) -> None:
+        """Ask, and ask what follows from the answers, while others are still awaited.
+
+        Args:
+            questions: By any numbers; each with the number of its server.
+            answered: Given, in this thread, all answers that have come since its last call; gives further questions.
+
+        Raises:
+            ServerError: As `ask`.
+        """
+        if not questions:
+            return
+        numbers: dict[Future[Answer], int] = {}
+        answers: SimpleQueue[Future[Answer]] = SimpleQueue()
+        with self._network() as ask:
+            while questions or numbers:
+                for number, question in questions.items():
+                    answer = ask(*question)
+                    numbers[answer] = number
+                    answer.add_done_callback(answers.put)
+                come = [answers.get()]
+                while not answers.empty():
+                    come.append(answers.get())
+                questions = answered({numbers.pop(answer): answer.result() for answer in come})
 
     def ask_one(self, server: int, question: Question[Answer]) -> Answer:
         """As `ask`."""
         (answer,) = self.ask([(server, question)])
         return answer
 
-    async def _ask_all(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
+    @contextmanager
+    def _network(self) -> Iterator[Callable[[int, Question[Answer]], Future[Answer]]]:
+        """Gives a function that asks; a thread of its own does the waiting. What is awaited at the end is given up."""
+        loop = asyncio.new_event_loop()
+        thread = threading.Thread(target=loop.run_forever, name="questions", daemon=True)
+        thread.start()
         self._locks = {url: asyncio.Lock() for url in self.servers}
         bound = asyncio.Semaphore(self._patience.concurrency)
-        # The semaphore bounds connections too; a limit of the connector's own would count waiting as time spent.
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
-            return await asyncio.gather(*(self._patiently(session, bound, *question) for question in questions))
+
+        def run(coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+            return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+        session = run(_session()).result()
+        try:
+            yield lambda server, question: run(self._patiently(session, bound, server, question))
+        finally:
+            run(_end(session)).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()
 
     async def _patiently(
         self, session: aiohttp.ClientSession, bound: asyncio.Semaphore, server: int, question: Question[Answer]
@@ -113,16 +176,15 @@ class Client:
                     await self._look_after(url)
                 async with bound:
                     answer = await self._once(session, url, question)
+                await self._prove(session, url)
                 if self._outages[url] == outages:
-                    self.answered.add(url)
                     return answer
                 continue  # it may be of a server that had just been started again
             except TimeoutError:
                 failure = f"gave no answer within {self._patience.timeout:g} s"
             except (aiohttp.ClientError, OSError) as error:
                 failure = f"was not reachable or broke off ({_short(str(error)) or type(error).__name__})"
-                self._outages[url] += url not in self._away
-                self._away.setdefault(url, 0.0)
+                self._lose(url)
             except json.JSONDecodeError as error:
                 failure = f"answered with damaged JSON ({error})"
             except BadAnswer as error:
@@ -156,6 +218,30 @@ class Client:
                 f"answered with something else than was asked for ({type(error).__name__}: {error})"
             ) from error
 
+    async def _prove(self, session: aiohttp.ClientSession, url: str) -> None:
+        """Have a server prove that it is still as fit as it was; of many answers that come together, one asks for all.
+
+        Raises:
+            BadAnswer: It is not, and counts as away from now on.
+        """
+        if self._proof is None:
+            return
+        come = time.monotonic()
+        async with self._locks[url]:
+            asked = time.monotonic()
+            if self._proven.get(url, -math.inf) < come and url not in self._away:
+                try:
+                    await self._once(session, url, self._proof)
+                except BadAnswer:
+                    self._lose(url)
+                    raise
+                self._proven[url] = asked
+
+    def _lose(self, url: str) -> None:
+        """Note that a server is away; what it is answering by now does not count."""
+        self._outages[url] += url not in self._away
+        self._away.setdefault(url, 0.0)
+
     async def _look_after(self, url: str) -> None:
         """Before a server that was away is asked again; of many questions that an outage hits, one sees to it.
 
@@ -170,6 +256,21 @@ class Client:
                 self._away[url] = time.monotonic()
                 raise ConnectionError("away still")
             del self._away[url]
+
+
+async def _session() -> aiohttp.ClientSession:
+    # The semaphore bounds connections; a limit of the connector's own would count waiting as time spent.
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+
+
+async def _end(session: aiohttp.ClientSession) -> None:
+    """Give up whatever the thread is at."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    await session.close()
+    await asyncio.get_running_loop().shutdown_default_executor()
 
 
 def _quote(text: str) -> str:

@@ -2,7 +2,7 @@
 
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -72,13 +72,16 @@ class Fleet:
         settings: The user's.
         fit: Told the address of a server that was away and answers again, before it is asked anything else: whether it
             is fit for use. It runs in another thread.
+        proof: See `Client`.
     """
 
-    def __init__(self, settings: Servers, fit: Callable[[str], bool] = lambda url: True) -> None:
+    def __init__(
+        self, settings: Servers, fit: Callable[[str], bool] = lambda url: True, proof: Question[None] | None = None
+    ) -> None:
         self.settings = settings
         self.place = Place()
         self.model: Model | None = None
-        self._fit = fit
+        self._fit, self._proof = fit, proof
         self._own: Server | None = None
         self._client: Client | None = None
 
@@ -102,7 +105,7 @@ class Fleet:
             urls = [started[self.place.rank if self.settings.colocated else self.place.first_here]]
         else:
             urls = share(urls, self.place.rank, self.place.processes)
-        self._client = Client(urls, self._patience, self._remedy, self._back)
+        self._client = Client(urls, self._patience, self._remedy, self._back, self._proof)
         together(self._meet)
 
     @property
@@ -128,11 +131,14 @@ class Fleet:
         assert self._client is not None, "open() comes first"
         return self._client.ask(questions)
 
-    @property
-    def answered(self) -> set[str]:
-        """Addresses of the servers whose answers the last `ask` returned."""
+    def converse(
+        self,
+        questions: Mapping[int, tuple[int, Question[Answer]]],
+        answered: Callable[[Mapping[int, Answer]], Mapping[int, tuple[int, Question[Answer]]]],
+    ) -> None:
+        """See `Client.converse`; servers are numbered as in `ask`."""
         assert self._client is not None, "open() comes first"
-        return self._client.answered
+        self._client.converse(questions, answered)
 
     def ask_at(self, url: str, question: Question[Answer]) -> Answer:
         """Ask this very server, and do not look after it in between."""

@@ -14,6 +14,8 @@ from lsm_lightning.types import Support, Turn
 class ScoringAhead:
     """Scores turns in a thread of its own, in the order in which they are handed in; a context manager.
 
+    What is handed in while it is at work is scored in one go afterwards.
+
     Args:
         score: Gives the support of some turns, at their response positions laid end to end.
     """
@@ -22,7 +24,9 @@ class ScoringAhead:
         self._score = score
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         self._turns: list[Turn] = []
-        self._parts: list[Future[Support]] = []
+        self._begun = 0
+        """How many of them are scored, or are being."""
+        self._parts: list[Future[Support | None]] = []
 
     def __enter__(self) -> "ScoringAhead":
         return self
@@ -35,7 +39,12 @@ class ScoringAhead:
     def submit(self, turns: Sequence[Turn]) -> None:
         """Score these; returns at once."""
         self._turns += turns
-        self._parts.append(self._thread.submit(self._score, turns))
+        self._parts.append(self._thread.submit(self._score_rest))
+
+    def _score_rest(self) -> Support | None:
+        rest = self._turns[self._begun :]
+        self._begun += len(rest)
+        return self._score(rest) if rest else None
 
     def result(self, turns: Sequence[Turn]) -> Support:
         """The support of all turns handed in, in another order of the same; waits for it.
@@ -43,7 +52,8 @@ class ScoringAhead:
         Raises:
             Exception: What `score` raised.
         """
-        support = joined([part.result() for part in self._parts] or [self._score([])])
+        parts = [support for part in self._parts if (support := part.result()) is not None]
+        support = joined(parts or [self._score([])])
         places = spans([len(turn.completion.ids) for turn in self._turns])
         place_of = {id(turn): place for turn, place in zip(self._turns, places, strict=True)}
         rows = [row for turn in turns for row in place_of[id(turn)]]

@@ -148,9 +148,9 @@ def test_so_many_texts_are_written(texts, turns):
     """Two games of two turns, three of three, and so on, where there may be many turns."""
     task = EchoGames(turns=9)
     task.max_turns = 10
-    with mock.patch.object(LocalEngine, "generate", autospec=True, side_effect=LocalEngine.generate) as asked:
+    with mock.patch.object(Player, "turns", autospec=True, side_effect=Player.turns) as answered:
         probed(task=task, texts=texts)
-    assert sum(len(call.args[1]) for call in asked.call_args_list) == 2 * turns
+    assert sum(len(call.args[1]) for call in answered.call_args_list) == 2 * turns
 
 
 # ---- templates and contexts -----------------------------------------------------------------------------------------

@@ -84,13 +84,13 @@ def test_a_player_keeps_the_last_token_of_what_a_string_ended(student_tokenizer)
     asked = []
 
     class Engine(ScriptedEngine):
-        def generate(self, requests, sampling, *, tokenizer=None, **settings):
+        def converse(self, conversations, sampling, *, tokenizer=None, **settings):
             asked.append((sampling.stop, tokenizer))
-            return super().generate(requests, sampling, **settings)
+            super().converse(conversations, sampling, **settings)
 
     engine = Engine(lambda _: Completion(ids=ids, log_probs=[0.0] * len(ids), truncated=False, stopped=True))
     end = frozenset({student_tokenizer.convert_tokens_to_ids(STUDENT_END)})
     player = Player(engine=engine, tokenizer=student_tokenizer, turn_end=end, sampling=Sampling(stop=["apple"]))
     (trajectory,) = collect([((0,), EchoEpisode("apple", 2))], player, max_new_tokens=8)
     assert [turn.answer for turn in trajectory.turns] == ["say apple"] * 2
-    assert asked == [(["apple"], student_tokenizer)] * 2
+    assert asked == [(["apple"], student_tokenizer)]

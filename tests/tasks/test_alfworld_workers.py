@@ -311,15 +311,15 @@ def test_processes_of_a_run_share_the_cores(variables, beside, monkeypatch):
 
 
 class Expert(Player):
-    """Answers as the expert does, with every fifth command wrong; calls `hook` before each round."""
+    """Answers as the expert does, with every fifth command wrong; calls `hook` before each round of games."""
 
     hook: Callable[[int], None] = staticmethod(lambda call: None)
     calls = 0
 
-    def answer(self, prompts: Sequence[Prompt], seeds: Sequence[int], max_new_tokens: int) -> list[Turn]:
+    def turns(self, prompts: Sequence[Prompt], completions: Sequence[Completion]) -> list[Turn]:
         self.hook(type(self).calls)
         type(self).calls += 1
-        return [_answered(prompt.messages, seed) for prompt, seed in zip(prompts, seeds, strict=True)]
+        return [_answered(prompt.messages, said.ids[0]) for prompt, said in zip(prompts, completions, strict=True)]
 
 
 def _answered(messages: Sequence[Message], seed: int) -> Turn:
@@ -332,7 +332,7 @@ def _answered(messages: Sequence[Message], seed: int) -> Turn:
 
 def trajectories(tokenizer, size: int, hook: Callable[[int], None] = lambda call: None) -> list[Trajectory]:
     task = AlfworldGames(workers=size, give_up_after=None)
-    engine = ScriptedEngine(lambda request: Completion(ids=[], log_probs=[], truncated=True))
+    engine = ScriptedEngine(lambda request: Completion(ids=[request.seed], log_probs=[0.0], truncated=True))
     player = type("Hooked", (Expert,), {"hook": staticmethod(hook)})(
         engine=engine, tokenizer=tokenizer, turn_end=frozenset({1}), sampling=Sampling()
     )

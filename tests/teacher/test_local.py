@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from scripted import say
 from slow import all_response_logits, sampled_ids, tensor_sizes, turn_of
 from teachers import VOCABULARY, K, asked, members, nothing_added, slow_log_probs, teacher_at
 from tiny import PAD, STUDENT_END, TEACHER_END, THINK_TAGS, random_ids, tiny_model
@@ -314,7 +315,7 @@ def test_impossible_settings_are_refused_by_name_and_value(settings):
 
 def test_the_teacher_can_play(teacher):
     player = teacher.player(Sampling(temperature=0.0))
-    (turn,) = player.answer(player.read([[{"role": "user", "content": "Say apple"}]]), [0], max_new_tokens=5)
+    (turn,) = say(player, [[{"role": "user", "content": "Say apple"}]], max_new_tokens=5)
     assert 1 <= len(turn.completion.ids) <= 5
     assert turn.prompt.ids == render(teacher.tokenizer, [[{"role": "user", "content": "Say apple"}]])[0]
 

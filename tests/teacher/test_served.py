@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from fake_vllm import FakeServer, Fault, serving
+from scripted import say
 from slow import sampled_ids, turn_of
 from teachers import K, asked, members, nothing_added
 from tiny import random_ids, save_tiny
@@ -142,7 +143,7 @@ def test_it_plays_as_a_local_one(servers, folder, student_tokenizer):
         ready(teacher, student_tokenizer, respell=False).player(Sampling(temperature=0.0))
         for teacher in (ServedTeacher(str(folder), servers), LocalTeacher(str(folder)))
     ]
-    served, local = (player.answer(player.read(asks), [0, 1], max_new_tokens=6) for player in players)
+    served, local = (say(player, asks, max_new_tokens=6) for player in players)
     assert [list(turn.completion.ids) for turn in served] == [list(turn.completion.ids) for turn in local]
 
 
