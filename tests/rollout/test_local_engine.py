@@ -14,7 +14,6 @@ from writing import ENDS, NUCLEUS, engine_of, ids_of, write
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.rollout.batch import PATIENCE
 from lsm_lightning.types import Completion
 
 LENGTHS = [3, 17, 9, 1, 9, 30]
@@ -179,7 +178,7 @@ def test_equal_prompts_share_one_prefill_and_differ_by_seed(model, batch_size):
 
 
 @pytest.mark.parametrize("batch_size", [8, 256], ids="batch_size={}".format)
-def test_no_row_is_computed_for_an_answer_that_is_done_and_none_stays_free(model, batch_size):
+def test_no_row_is_computed_for_an_answer_that_is_done_and_few_stay_free(model, batch_size):
     engine = engine_of(model, batch_size=batch_size)
     requests = [request for request in requests_of(samples=8) if len(request.ids) > 1]
     shapes = forwards(engine)
@@ -190,10 +189,8 @@ def test_no_row_is_computed_for_an_answer_that_is_done_and_none_stays_free(model
     full = min(batch_size, len(requests))
     assert max(decoded) <= full
     last_prefill = max(place for place, (_, width) in enumerate(shapes) if width > 1)
-    lost = 0
-    for rows, width in shapes[:last_prefill]:
-        lost = lost + full - rows if width == 1 else 0
-        assert lost < (PATIENCE + 1) * full
+    used = [rows for rows, width in shapes[:last_prefill] if width == 1]  # while others wait
+    assert sum(used) > 0.75 * full * len(used) or not used
 
 
 def test_the_same_seed_gives_the_same_answer(model):

@@ -53,7 +53,7 @@ def test_what_cannot_be_looked_for_is_refused(stop):
 
 
 def test_strings_need_a_tokenizer():
-    with pytest.raises(ConfigurationError, match="give generate\\(\\) a tokenizer"):
+    with pytest.raises(ConfigurationError, match="give the engine a tokenizer"):
         engine_of(tiny_model()).generate(REQUESTS, Sampling(stop=["a"]), max_new_tokens=2, turn_end=frozenset())
 
 
