@@ -47,7 +47,7 @@ def test_trajectories_tell_invalid_actions_by_kind(player):
     assert [t.invalid_actions for t in trajectories] == [0, 1, 3]
 
 
-def test_all_open_episodes_write_one_turn_at_a_time(player):
+def test_episodes_whose_answers_come_together_ask_together(player):
     play(games(), player)
     assert [len(call) for call in player.engine.calls] == [3, 2, 1]
 
@@ -112,10 +112,10 @@ def test_every_episode_is_closed_also_when_an_error_ends_the_play(student_tokeni
     assert not any(episode.done for episode in episodes)
 
 
-def test_progress_is_told_after_every_round(player):
+def test_progress_is_told_as_episodes_end(player):
     told: list[tuple[int, int]] = []
     play(games(), player, on_progress=lambda finished, total: told.append((finished, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_no_episode_is_no_trajectory(player):
@@ -180,17 +180,17 @@ def test_prompts_that_never_fit_are_episodes_without_a_turn(player):
     assert [(t.turns, t.outgrown) for t in play(games(), player)] == [([], True)] * 3
 
 
-def test_every_round_is_handed_on_before_its_environments_are_asked(player):
+def test_turns_are_handed_on_before_their_environments_are_asked(player):
     log: list[str] = []
-    rounds: list[int] = []
+    numbers: list[int] = []
 
-    def on_round(turns):
-        rounds.append(len(turns))
-        log.append("round")
+    def on_turns(turns):
+        numbers.append(len(turns))
+        log.append("turns")
 
-    play([SlowEpisode(length, log) for length in LENGTHS], player, on_round=on_round)
-    assert rounds == [3, 2, 1]
-    assert all(log[place - 1] == "step" for place, entry in enumerate(log) if entry == "round")
+    play([SlowEpisode(length, log) for length in LENGTHS], player, on_turns=on_turns)
+    assert numbers == [3, 2, 1]
+    assert all(log[place - 1] == "step" for place, entry in enumerate(log) if entry == "turns")
 
 
 def test_what_takes_time_lies_in_a_span(player):
@@ -200,6 +200,9 @@ def test_what_takes_time_lies_in_a_span(player):
     def span(name: str) -> Iterator[None]:
         names.append(name)
         yield
+        names.append(f"end of {name}")
 
     play(games(), player, span=span)
-    assert names == ["environments", "answers", "environments"] * max(LENGTHS)
+    # At the beginning episodes are asked once, and after each turn they take their step and are asked again.
+    environments = ["environments", "end of environments"] * (1 + 2 * max(LENGTHS))
+    assert names == ["answers", *environments, "end of answers"]

@@ -299,7 +299,7 @@ def test_a_server_that_comes_back_with_its_first_weights_gets_the_present_ones(s
     fake.stop()
     fake.restart()
     assert ids_of(write(served, requests_of())) == undisturbed  # told by its version
-    monkeypatch.setattr(VLLMEngine, "_is_present", lambda *_: True)
+    monkeypatch.setattr(served._fleet._client, "_proof", None)
     fake.stop()
     fake.restart()
     assert ids_of(write(served, requests_of())) != undisturbed  # the control
