@@ -434,7 +434,7 @@ def test_a_mistake_is_told_in_one_line(settings, run, tmp_path, capsys, argument
 
 def test_a_class_of_ones_own_cannot_be_planned(planned):
     class Elsewhere(LocalEngine.__bases__[0]):  # type: ignore[misc]
-        sync = generate = None
+        sync = converse = None
 
     with pytest.raises(ConfigurationError, match="Elsewhere"):
         planned(engine=Elsewhere())

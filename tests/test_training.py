@@ -345,7 +345,7 @@ def test_a_checkpoint_of_other_adapters_is_refused(prepare, tmp_path):
 def interrupt_at(run: Run, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ctrl-C at the third step."""
     owner, name = {
-        "rollout": (run.module.engine, "generate"),
+        "rollout": (run.module.engine, "converse"),
         "teacher": (run.module.teachers["sums"], "score"),
         "backward": (run.module, "manual_backward"),
         "schedule": (run.module, "lr_schedulers"),
