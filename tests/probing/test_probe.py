@@ -419,7 +419,7 @@ def test_a_process_that_follows_writes_nothing_and_sees_the_same():
     told, asked = Told(), []
     led = probed(broadcast=told.tell)
     following = Answering(TEACHER, lambda support: asked.append(len(support.ids)) or support)
-    with mock.patch.object(LocalEngine, "generate", side_effect=AssertionError("it writes")):
+    with mock.patch.object(LocalEngine, "converse", side_effect=AssertionError("it writes")):
         followed = probed(following, leads=False, broadcast=told.hear)
     assert followed == led
     assert asked == [0]
