@@ -437,7 +437,7 @@ class OnPolicyDistillation(LightningModule):
         """A teacher elsewhere scores turns while the student writes others."""
         if not teacher.elsewhere or self.objective.student_tokens:
             return nullcontext()
-        return ScoringAhead(lambda turns: teacher.score(turns, self._sampled_tokens(turns)))
+        return ScoringAhead(lambda turns: teacher.score(turns, self._sampled_tokens(turns)), teacher.cancel)
 
     def _scored(
         self, teacher: Teacher, ahead: ScoringAhead | None, turns: list[Turn], added: Int[Tensor, "n c"]

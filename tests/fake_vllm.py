@@ -223,7 +223,7 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             context = fake.model.config.max_position_embeddings
             told = {
-                "/v1/models": {"data": [{"id": "tiny", "max_model_len": context}]},
+                "/v1/models": {"data": [{"id": "tiny", "max_model_len": context, "root": str(fake.folder)}]},
                 "/weight_info": {"weight_version": fake.version},
                 "/is_sleeping": {"is_sleeping": fake.paused or bool(fake.asleep)},
             }
@@ -235,6 +235,9 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
             kind = fault.kind if fault is not None else ""
             if kind == "500":
                 self.send({"error": {"message": "out of memory"}}, 500)
+                return
+            if kind == "404":
+                self.send({"detail": "Not Found"}, 404)
                 return
             if kind == "dies":
                 fake.stop()

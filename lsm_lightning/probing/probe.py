@@ -184,7 +184,7 @@ def _prepared(probing: Probing, writer: Player | None, report: Report) -> tuple[
     findings.append(check_template("student", probing.student.tokenizer, conversations))
     findings.append(check_template("teacher", probing.teacher.tokenizer, conversations))
     if not _any_refused(findings):
-        findings += _check_rooms(probing, writer, conversations)
+        findings += _check_rooms(probing, conversations)
     if _any_refused(findings):
         return findings, None
     return findings, _write(probing, writer)
@@ -194,15 +194,13 @@ def _any_refused(findings: Sequence[Finding]) -> bool:
     return any(finding.verdict == "refused" for finding in findings)
 
 
-def _check_rooms(probing: Probing, writer: Player | None, conversations: list[list[Message]]) -> list[Finding]:
-    new = probing.task.max_new_tokens
-    of_student = check_room(
-        "student", longest_prompt(probing.student.tokenizer, conversations), new, probing.student.engine.room(0)
+def _check_rooms(probing: Probing, conversations: list[list[Message]]) -> list[Finding]:
+    sides = (
+        ("student", probing.student.tokenizer, probing.student.engine.room(0)),
+        ("teacher", probing.teacher.tokenizer, probing.teacher.context),
     )
-    if writer is None:
-        return [of_student]
-    of_teacher = check_room("teacher", longest_prompt(writer.tokenizer, conversations), new, writer.engine.room(0))
-    return [of_student, of_teacher]
+    new = probing.task.max_new_tokens
+    return [check_room(side, longest_prompt(tokenizer, conversations), new, room) for side, tokenizer, room in sides]
 
 
 def _write(probing: Probing, writer: Player | None) -> _Written:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import math
 import threading
 import time
@@ -17,6 +18,7 @@ import aiohttp
 
 from lsm_lightning.errors import ConfigurationError
 
+logger = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 Result = TypeVar("Result")
 FIRST_PAUSE, LONGEST_PAUSE = 1.0, 30.0
@@ -25,12 +27,17 @@ SECONDS_BETWEEN_LOOKS = 0.5
 """At a server that is away."""
 TEMPORARY = frozenset({408, 425, 429})
 """Statuses below 500 after which it is worth asking again."""
+FOR_DEVELOPERS = "Only vLLM from 0.32 on, started with VLLM_SERVER_DEV_MODE=1 in its environment, knows this path."
 QUOTED = 200
 """Characters of a server's own words that an error repeats."""
 
 
 class ServerError(ConfigurationError):
     """A server does not answer, or not what was asked; the text names it, the request and what to do."""
+
+
+class Cancelled(Exception):  # noqa: N818 - whoever cancels wants it
+    """What was asked is not wanted any more."""
 
 
 class BadAnswer(ValueError):  # noqa: N818 - it is about the answer; whoever asked decides what it means
@@ -91,6 +98,8 @@ class Client:
         """Servers that were not reachable, and when they were last looked after."""
         self._outages: Counter[str] = Counter()
         self._locks: dict[str, asyncio.Lock] = {}
+        self._told: set[tuple[str, str]] = set()
+        self._under_way: list[SimpleQueue[Any]] = []
 
     def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
         """Answers in the order of the questions, each of which comes with the number of its server.
@@ -120,12 +129,13 @@ class Client:
 
         Raises:
             ServerError: As `ask`.
+            Cancelled: By `cancel`.
         """
         if not questions:
             return
         numbers: dict[Future[Answer], int] = {}
-        answers: SimpleQueue[Future[Answer]] = SimpleQueue()
-        with self._network() as ask:
+        answers: SimpleQueue[Future[Answer] | None] = SimpleQueue()
+        with self._network() as ask, self._cancellable(answers):
             while questions or numbers:
                 for number, question in questions.items():
                     answer = ask(*question)
@@ -134,12 +144,27 @@ class Client:
                 come = [answers.get()]
                 while not answers.empty():
                     come.append(answers.get())
-                questions = answered({numbers.pop(answer): answer.result() for answer in come})
+                if None in come:
+                    raise Cancelled
+                questions = answered({numbers.pop(answer): answer.result() for answer in come if answer is not None})
+
+    def cancel(self) -> None:
+        """Give up what other threads are asking; there `Cancelled` is raised."""
+        for answers in [*self._under_way]:
+            answers.put(None)
 
     def ask_one(self, server: int, question: Question[Answer]) -> Answer:
         """As `ask`."""
         (answer,) = self.ask([(server, question)])
         return answer
+
+    @contextmanager
+    def _cancellable(self, answers: SimpleQueue[Any]) -> Iterator[None]:
+        self._under_way.append(answers)
+        try:
+            yield
+        finally:
+            self._under_way.remove(answers)
 
     @contextmanager
     def _network(self) -> Iterator[Callable[[int, Question[Answer]], Future[Answer]]]:
@@ -190,11 +215,20 @@ class Client:
             except BadAnswer as error:
                 failure = str(error)
             attempt += 1
+            if attempt < self._patience.attempts:
+                self._tell(url, question.what, failure)
         spent = time.monotonic() - started
         raise ServerError(
             f"The server {url} failed at {question.what} ({question.path}) {self._patience.attempts} times in "
             f"{spent:.0f} s: it {failure}. {self._remedy}"
         )
+
+    def _tell(self, url: str, what: str, failure: str) -> None:
+        """Say, once for each way of failing, that a server does; what fails all the time only slows a run down."""
+        how = failure.partition("(")[0]
+        if (url, how) not in self._told:
+            self._told.add((url, how))
+            logger.warning(f"The server {url} failed at {what} and is asked again: it {failure}. Said once.")
 
     async def _once(self, session: aiohttp.ClientSession, url: str, question: Question[Answer]) -> Answer:
         method = "GET" if question.body is None else "POST"
@@ -204,9 +238,10 @@ class Client:
         if response.status >= 500 or response.status in TEMPORARY:
             raise BadAnswer(f"answered with status {response.status} ({_quote(text)})")
         if response.status >= 400:
+            hint = "" if response.status != 404 or question.path.startswith("/v1/") else f"{FOR_DEVELOPERS} "
             raise ServerError(
                 f"The server {url} refuses {question.what} ({question.path}) with status {response.status}: "
-                f"{_quote(text)}. {self._remedy}"
+                f"{_quote(text)}. {hint}{self._remedy}"
             )
         answer = json.loads(text) if text else None
         try:

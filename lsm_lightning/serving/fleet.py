@@ -49,6 +49,8 @@ class Servers:
                 f"servers(timeout={self.timeout:g}, attempts={self.attempts}, concurrency={self.concurrency}): "
                 "all must be positive."
             )
+        if wrong := [url for url in self.urls if not url.startswith(("http://", "https://"))]:
+            raise ConfigurationError(f"servers(urls=[{wrong[0]!r}]): begin it with http:// or https://.")
 
     @property
     def colocated(self) -> bool:
@@ -63,6 +65,8 @@ class Model:
     name: str
     context: int
     """Tokens of prompt and answer together, at most."""
+    root: str | None
+    """The folder or hub id that it was started with, where it tells."""
 
 
 class Fleet:
@@ -81,6 +85,7 @@ class Fleet:
         self.settings = settings
         self.place = Place()
         self.model: Model | None = None
+        self._roots: dict[str, str | None] = {}
         self._fit, self._proof = fit, proof
         self._own: Server | None = None
         self._client: Client | None = None
@@ -99,7 +104,8 @@ class Fleet:
             ServerError: One cannot be started or does not answer; raised by all.
         """
         together(lambda: self._launch(options))
-        urls = [url.rstrip("/") for url in self.settings.urls]
+        # Clients of OpenAI's are given the address with /v1.
+        urls = [url.rstrip("/").removesuffix("/v1") for url in self.settings.urls]
         if self.settings.launch is not None:
             started = gather(self._own.url if self._own is not None else "")
             urls = [started[self.place.rank if self.settings.colocated else self.place.first_here]]
@@ -139,6 +145,11 @@ class Fleet:
         """See `Client.converse`; servers are numbered as in `ask`."""
         assert self._client is not None, "open() comes first"
         self._client.converse(questions, answered)
+
+    def cancel(self) -> None:
+        """See `Client.cancel`."""
+        if self._client is not None:
+            self._client.cancel()
 
     def ask_at(self, url: str, question: Question[Answer]) -> Answer:
         """Ask this very server, and do not look after it in between."""
@@ -199,7 +210,11 @@ class Fleet:
                     f"The servers {self.urls[0]} and {url} have different context lengths, {self.model.context} and "
                     f"{model.context} tokens: start them with the same --max-model-len."
                 )
-            self.model = model
+            self.model, self._roots[url] = model, model.root
+
+    def root_of(self, url: str) -> str | None:
+        """The folder or hub id that a server was started with, where it tells."""
+        return self._roots[url]
 
     def _back(self, url: str) -> bool:
         """After an outage: start one's own server again, or wait for who does; others are looked at as they are."""
@@ -214,7 +229,7 @@ class Fleet:
 
 def _read_model(answer: dict[str, Any]) -> Model:
     (card, *_) = answer["data"]
-    name, context = card["id"], card.get("max_model_len")
+    name, context, root = card["id"], card.get("max_model_len"), card.get("root")
     if not isinstance(name, str) or not isinstance(context, int):
         raise BadAnswer("does not say max_model_len, as vLLM does")
-    return Model(name=name, context=context)
+    return Model(name=name, context=context, root=root if isinstance(root, str) else None)

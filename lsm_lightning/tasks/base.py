@@ -20,8 +20,8 @@ class Episode(ABC):
             episode.step(answer)
         episode.reward; episode.close()
 
-    `step` may leave work to be done elsewhere; what is asked afterwards then waits for it. So all episodes whose answers
-    are there take their step before any of them is asked.
+    `step` may leave work to be done elsewhere; what is asked afterwards then waits for it. So all that have an answer
+    take their step before any of them is asked.
     """
 
     kind: str = ""

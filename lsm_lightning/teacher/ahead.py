@@ -18,10 +18,11 @@ class ScoringAhead:
 
     Args:
         score: Gives the support of some turns, at their response positions laid end to end.
+        cancel: Makes a `score` under way end, where an error ends the block.
     """
 
-    def __init__(self, score: Callable[[Sequence[Turn]], Support]) -> None:
-        self._score = score
+    def __init__(self, score: Callable[[Sequence[Turn]], Support], cancel: Callable[[], None]) -> None:
+        self._score, self._cancel = score, cancel
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="scoring")
         self._turns: list[Turn] = []
         self._begun = 0
@@ -34,7 +35,9 @@ class ScoringAhead:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._thread.shutdown(wait=kind is None, cancel_futures=True)
+        if kind is not None:  # Python would wait for the thread at its end, and that may be for minutes
+            self._cancel()
+        self._thread.shutdown(cancel_futures=True)
 
     def submit(self, turns: Sequence[Turn]) -> None:
         """Score these; returns at once."""

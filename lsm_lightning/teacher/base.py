@@ -21,6 +21,9 @@ class Teacher(ABC):
     """The student's tokenizer against the teacher's; there after `setup`."""
     tokenizer: PreTrainedTokenizerBase
     """The teacher's own, with its chat template; there after `setup`."""
+    context: int | None = None
+    """Most tokens of a prompt and its answer that it reads, None where no limit is known; there after `setup`. About
+    what is longer it says nothing, as if no token started on both sides."""
     sharded: bool = False
     """Whether processes share its weights, so that each has to hold all of them while it writes."""
 
@@ -74,6 +77,9 @@ class Teacher(ABC):
     @abstractmethod
     def player(self, sampling: Sampling) -> Player:
         """The teacher as a writer of answers, to measure how good it is."""
+
+    def cancel(self) -> None:  # noqa: B027 - most have nothing that waits
+        """Give up what another thread is scoring, which then raises an error of whatever kind."""
 
     def close(self) -> None:  # noqa: B027 - many hold nothing
         """Give back what the teacher holds outside this process."""

@@ -14,6 +14,7 @@ from lsm_lightning.objectives.head import OutputHead, check_head
 from lsm_lightning.pretrained import (
     DType,
     check_vocabulary,
+    context_of,
     load_model,
     load_skeleton,
     load_tokenizer,
@@ -81,6 +82,7 @@ class LocalTeacher(ScoringTeacher):
         self.across = distributed.is_initialized() and self.sharded
         self.model = self._load_sharded() if self.across else self._load()
         self._move(device)
+        self.context = context_of(self.model.config)
         self._meet(
             student,
             rows=len(self.model.get_output_embeddings().weight),

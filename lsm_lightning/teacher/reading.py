@@ -22,6 +22,14 @@ class Reading:
     position: list[Int[Tensor, " _"]]
     """Per turn, for each of the student's tokens, the teacher's token that starts at the same place; -1 for none."""
 
+    def without(self, left_out: Sequence[int]) -> "Reading":
+        """The same, but nothing is read of some turns."""
+        out = frozenset(left_out)
+        return Reading(
+            responses=[[] if i in out else response for i, response in enumerate(self.responses)],
+            position=[torch.full_like(p, -1) if i in out else p for i, p in enumerate(self.position)],
+        )
+
     def position_in(self, group: Sequence[int]) -> Int[Tensor, " n"]:
         """`position` of some turns end to end, counted over all of the group's responses."""
         starts = [places.start for places in spans([len(self.responses[i]) for i in group])]

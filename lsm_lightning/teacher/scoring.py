@@ -1,5 +1,6 @@
 """What teachers have in common that score an answer token by token, wherever their model runs."""
 
+import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import fields
 
@@ -16,6 +17,7 @@ from lsm_lightning.teacher.translation import Translation
 from lsm_lightning.types import Support, Turn
 from tokenalign import Pair
 
+logger = logging.getLogger(__name__)
 LOGITS_AT_ONCE = 2**24
 """At most so many log-probs over the vocabulary exist at once while scoring (64 MiB in float32)."""
 
@@ -34,6 +36,7 @@ class ScoringTeacher(Teacher):
     def __init__(self, path: str, chat_template: str | None) -> None:
         self.path = path
         self.chat_template = chat_template
+        self._told_of_length = False
 
     def check(self) -> None:
         """See `Teacher.check`."""
@@ -76,9 +79,22 @@ class ScoringTeacher(Teacher):
         self.tokens = int(self.translation.members.sum()) if tokens is None else tokens
 
     def _read(self, turns: Sequence[Turn]) -> tuple[list[list[int]], Reading]:
-        """The prompts of some turns as the teacher's tokens, and their answers."""
+        """The prompts of some turns as the teacher's tokens, and their answers; nothing of those that are too long."""
         prompts = render(self.tokenizer, [list(turn.prompt.messages) for turn in turns])
-        return prompts, respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.rows)
+        reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.rows)
+        if self.context is None:
+            return prompts, reading
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, reading.responses, strict=True)]
+        too_long = [i for i, length in enumerate(lengths) if length > self.context]
+        if too_long and not self._told_of_length:
+            self._told_of_length = True
+            logger.warning(
+                f"Nothing is learned from {len(too_long)} of {len(turns)} answers, which with their prompts are longer "
+                f"(up to {max(lengths)} tokens) than what the teacher '{self.path}' reads ({self.context}). Lower the "
+                "task's max_new_tokens, shorten its prompt, or give the teacher a longer context. Said once."
+            )
+        prompts = [prompt[:1] if i in too_long else prompt for i, prompt in enumerate(prompts)]
+        return prompts, reading.without(too_long)
 
     def _supports(
         self,

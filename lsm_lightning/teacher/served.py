@@ -1,6 +1,8 @@
 """A teacher on vLLM servers, asked for its most probable tokens at each place of a text."""
 
+import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,14 +19,17 @@ from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.vllm import VLLMEngine
 from lsm_lightning.serving import protocol
-from lsm_lightning.serving.client import BadAnswer, Question
+from lsm_lightning.serving.client import BadAnswer, Question, ServerError
 from lsm_lightning.serving.fleet import Fleet, Servers
 from lsm_lightning.serving.protocol import Scores
 from lsm_lightning.teacher.scoring import ScoringTeacher, joined
 from lsm_lightning.types import Support, Turn
 
+logger = logging.getLogger(__name__)
 SAMPLE = "What is 12 + 30? <think>12 + 30 = 42</think>"
 """A text that tells whether a server has the tokenizer that it should have."""
+SAME = 0.25
+"""Nats by which one model's log-probs of it may differ from one start to the next, in whatever type."""
 
 
 class ServedTeacher(ScoringTeacher):
@@ -53,7 +58,9 @@ class ServedTeacher(ScoringTeacher):
             )
         self.servers = servers
         self.dtype: DType = dtype
-        self._fleet = Fleet(servers)
+        self._fleet = Fleet(servers, self._is_as_before)
+        self._said: dict[str, Scores] = {}
+        """What each server made of a text at first."""
 
     def setup(
         self,
@@ -109,6 +116,8 @@ class ServedTeacher(ScoringTeacher):
             self._fleet.find_place()
             self._fleet.open([word for option in self._options.items() for word in option])
             together(self._check_servers)
+            assert self._fleet.model is not None
+            self.context = self._fleet.model.context - 1  # a server writes a token besides
 
     @torch.no_grad()
     def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
@@ -144,6 +153,10 @@ class ServedTeacher(ScoringTeacher):
             sampling=sampling,
         )
 
+    def cancel(self) -> None:
+        """See `Teacher.cancel`."""
+        self._fleet.cancel()
+
     def close(self) -> None:
         """See `Teacher.close`."""
         self._fleet.close()
@@ -158,12 +171,6 @@ class ServedTeacher(ScoringTeacher):
             return scores
 
         assert self._fleet.model is not None
-        if len(ids) >= self._fleet.model.context:
-            raise ConfigurationError(
-                f"A prompt of {len(prompt)} tokens and an answer of {len(response)} fill the context of the served "
-                f"teacher '{self.path}', {self._fleet.model.context} tokens: lower the task's max_new_tokens, shorten "
-                "its prompt, or start the server with a larger --max-model-len."
-            )
         return Question(
             what=f"to score answer {number + 1} of {of}",
             path=protocol.COMPLETIONS,
@@ -172,23 +179,42 @@ class ServedTeacher(ScoringTeacher):
         )
 
     def _check_servers(self) -> None:
-        """Ask each for a score, and whether it reads a text as the same tokens."""
+        for url in self._fleet.urls:
+            self._said[url] = self._check(url)
+            if (root := self._fleet.root_of(url)) is not None and Path(root).name != Path(locate(self.path)).name:
+                logger.warning(
+                    f"The server {url} has the model '{root}', and the teacher's path is '{self.path}': make sure that "
+                    "they are the same."
+                )
+
+    def _check(self, url: str) -> Scores:
+        """Ask for a score, and whether a text is read as the same tokens."""
         assert self._fleet.model is not None
         own: list[int] = self.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
-        for url in self._fleet.urls:
-            body = protocol.scoring(self._fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
-            question = Question(
-                what=f"to score a text with the {self.asked} most probable tokens",
-                path=protocol.COMPLETIONS,
-                body=body,
-                read=lambda answer: list(map(int, answer["choices"][0]["prompt_token_ids"])),
+        body = protocol.scoring(self._fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
+        question = Question(
+            what=f"to score a text with the {self.asked} most probable tokens",
+            path=protocol.COMPLETIONS,
+            body=body,
+            read=lambda answer: list(map(int, answer["choices"][0]["prompt_token_ids"])),
+        )
+        if self._fleet.ask_at(url, question) != own:
+            raise ConfigurationError(
+                f"The server {url} reads a text as other tokens than the tokenizer of '{self.path}' does: it has "
+                "another model. Set the teacher's path to the model that it was started with."
             )
-            if self._fleet.ask_at(url, question) != own:
-                raise ConfigurationError(
-                    f"The server {url} reads a text as other tokens than the tokenizer of '{self.path}' does: it has "
-                    "another model. Set the teacher's path to the model that it was started with."
-                )
-            self._fleet.ask_at(url, self._question(0, 1, own[:1], own[1:]))
+        return self._fleet.ask_at(url, self._question(0, 1, own[:1], own[1:]))
+
+    def _is_as_before(self, url: str) -> bool:
+        """Whether a server that was away has the model that it had."""
+        scores, before = self._check(url), self._said[url]
+        gap = np.abs(np.sort(scores.log_probs, -1)[:, -1] - np.sort(before.log_probs, -1)[:, -1]).mean()
+        if not gap < SAME:
+            raise ServerError(
+                f"The server {url} was away and has come back with another model: the log-probs of its most probable "
+                f"tokens differ by {gap:.2g} nats from before. Start it with '{self.path}' and go on with --ckpt_path."
+            )
+        return True
 
 
 def _together(

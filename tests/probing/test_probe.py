@@ -137,9 +137,7 @@ def test_a_sound_pair_passes_whatever_is_compared(objective):
 def test_less_is_seen_of_a_teacher_that_does_not_write():
     probe = probed(teacher_writes=False)
     assert not probe.of("warning", "refused")
-    assert verdicts(probe).keys() == CHECKS - {
-        "teacher's context", "teacher's turn end", "scoring", "own answers", "end of turn"
-    }  # fmt: skip
+    assert verdicts(probe).keys() == CHECKS - {"teacher's turn end", "scoring", "own answers", "end of turn"}
     assert probe.texts.keys() == {"student"}
 
 

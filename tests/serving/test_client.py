@@ -9,11 +9,12 @@ import pytest
 from fake_vllm import COMPLETIONS, FakeServer, Fault, serving
 from tiny import random_ids, save_tiny
 
+from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.serving import ServerError, protocol
+from lsm_lightning.serving import Fleet, ServerError, Servers, protocol
 from lsm_lightning.serving import client as client_module
-from lsm_lightning.serving.client import Client, Patience, Question
+from lsm_lightning.serving.client import Cancelled, Client, Patience, Question
 from lsm_lightning.types import Completion
 
 ENDS = frozenset(range(0, 340, 9))
@@ -167,3 +168,56 @@ def test_no_more_questions_are_under_way_than_agreed(fake):
     fake.answer = counted
     client(fake.url, concurrency=3).ask(questions(12))
     assert most == 3
+
+
+def test_what_is_cancelled_ends_at_once(fake):
+    fake.faults.append(Fault("slow", seconds=30, times=10))
+    asking, raised = client(fake.url, timeout=60.0), []
+
+    def ask() -> None:
+        try:
+            asking.ask(questions(4))
+        except Cancelled as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=ask)
+    started = time.monotonic()
+    thread.start()
+    while fake.faults[0].times == 10:
+        time.sleep(0.01)
+    asking.cancel()
+    thread.join(20)
+    assert raised
+    assert time.monotonic() - started < 20
+    fake.faults.clear()
+    assert len(asking.ask(questions(2))) == 2  # it can be asked again
+
+
+@pytest.mark.parametrize(("path", "explained"), [("/pause", True), (COMPLETIONS, False)])
+def test_a_path_that_only_developers_have_is_explained(fake, path, explained):
+    fake.faults.append(Fault("404", path=path))
+    question = Question(what="something", path=path, body={}, read=lambda answer: answer)
+    with pytest.raises(ServerError, match="404") as error:
+        client(fake.url).ask_one(0, question)
+    assert ("VLLM_SERVER_DEV_MODE=1" in str(error.value)) == explained
+
+
+def test_a_way_of_failing_is_told_once(fake, caplog):
+    fake.faults.append(Fault("500", times=3))
+    client(fake.url, attempts=9).ask(questions(5))
+    assert (
+        len([record for record in caplog.records if "is asked again: it answered with status 500" in record.message])
+        == 1
+    )
+
+
+@pytest.mark.parametrize("suffix", ["", "/", "/v1", "/v1/"])
+def test_an_address_may_be_that_of_the_api(fake, suffix):
+    fleet = Fleet(Servers(urls=[fake.url + suffix]))
+    fleet.open([])
+    assert fleet.urls == [fake.url]
+
+
+def test_an_address_without_a_protocol_is_refused():
+    with pytest.raises(ConfigurationError, match=r"10\.0\.0\.1:8000.*http://"):
+        Servers(urls=["10.0.0.1:8000"])

@@ -21,7 +21,7 @@ def teacher(teacher_folder, student_tokenizer) -> LocalTeacher:
 
 def test_turns_in_another_order_get_their_own_supports(teacher, turns):
     whole = teacher.score(turns, nothing_added(turns))
-    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part))) as ahead:
+    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part)), teacher.cancel) as ahead:
         ahead.submit(turns[5:])
         ahead.submit([])
         ahead.submit(turns[:5])
@@ -36,13 +36,13 @@ def test_turns_in_another_order_get_their_own_supports(teacher, turns):
 
 def test_equal_turns_are_told_apart(teacher, turns):
     twice = [turns[1], replace(turns[1])]
-    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part))) as ahead:
+    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part)), teacher.cancel) as ahead:
         ahead.submit(twice)
         assert len(ahead.result(twice).ids) == 2 * len(turns[1].completion.ids)
 
 
 def test_no_turns_are_an_empty_support(teacher):
-    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part))) as ahead:
+    with ScoringAhead(lambda part: teacher.score(part, nothing_added(part)), teacher.cancel) as ahead:
         assert len(ahead.result([]).ids) == 0
 
 
@@ -53,7 +53,7 @@ def test_the_student_writes_on_meanwhile(turns, teacher):
         assert may_score.wait(30)
         return teacher.score(part, nothing_added(part))
 
-    with ScoringAhead(score) as ahead:
+    with ScoringAhead(score, teacher.cancel) as ahead:
         ahead.submit(turns[:2])
         ahead.submit(turns[2:])
         may_score.set()  # not reached, if submit waited
@@ -64,7 +64,26 @@ def test_what_goes_wrong_is_raised_where_the_supports_are_wanted(turns):
     def score(part):
         raise ConnectionError("gone")
 
-    with ScoringAhead(score) as ahead:
+    with ScoringAhead(score, lambda: None) as ahead:
         ahead.submit(turns)
         with pytest.raises(ConnectionError, match="gone"):
             ahead.result(turns)
+
+
+def test_an_error_in_the_block_does_not_wait_for_what_is_being_scored(turns):
+    begun, cancelled = threading.Event(), threading.Event()
+
+    def score(_part):
+        begun.set()
+        assert cancelled.wait(30)
+        raise RuntimeError("given up")
+
+    def interrupted() -> None:
+        with ScoringAhead(score, cancelled.set) as ahead:
+            ahead.submit(turns)
+            assert begun.wait(30)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("scoring")]

@@ -1,5 +1,6 @@
 """A served teacher says what a local one of the same weights says."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import torch
 from fake_vllm import FakeServer, Fault, serving
 from scripted import say
 from slow import sampled_ids, turn_of
-from teachers import K, asked, members, nothing_added
+from teachers import K, asked, members
 from tiny import random_ids, save_tiny
 from vllm_python import vllm_launch
 
@@ -159,7 +160,7 @@ def test_every_answer_is_held_against_its_question(fake, folder, student_tokeniz
     assert fake.faults[-1].times == 0
     fake.faults.append(Fault(kind, times=2000))
     try:
-        with pytest.raises(ServerError, match=rf"{fake.url} failed at to score answer \d of {len(turns)}.*2 times"):
+        with pytest.raises(ServerError, match=rf"{fake.url} failed at to score .*2 times"):
             asked(served, turns)
     finally:
         fake.faults.clear()
@@ -199,8 +200,49 @@ def test_a_server_that_is_not_there_is_told_with_its_address(folder, student_tok
         )
 
 
-def test_a_text_that_fills_its_context_is_told(fake, folder, student_tokenizer, turns):
-    served = ready(ServedTeacher(str(folder), Servers(urls=[fake.url])), student_tokenizer, respell=False)
-    long = turn_of(turns[0], random_ids(0, 256 - 4))
-    with pytest.raises(ConfigurationError, match=r"answer of 252 fill the context .* 256 tokens"):
-        served.score([long], nothing_added([long]))
+@pytest.mark.parametrize("kind", ["served", "local"])
+def test_of_a_text_that_is_too_long_nothing_is_said_and_the_others_stay(
+    fake, folder, student_tokenizer, turns, caplog, kind
+):
+    made = ServedTeacher(str(folder), Servers(urls=[fake.url])) if kind == "served" else LocalTeacher(str(folder))
+    teacher = ready(made, student_tokenizer, respell=False)
+    assert teacher.context == (255 if kind == "served" else 256)
+    alone = asked(teacher, turns[:2])
+    assert not caplog.records
+    long = turn_of(turns[0], random_ids(0, 256))
+    for _ in range(2):
+        support = asked(teacher, [turns[0], long, turns[1]])
+        first = len(turns[0].completion.ids)
+        assert not support.comparable[first : first + 256].any()
+        others = torch.cat((torch.arange(first), torch.arange(first + 256, len(support.ids))))
+        assert support.comparable[others].equal(alone.comparable)
+        assert torch.allclose(support.log_probs[others], alone.log_probs, atol=1e-5)
+    (record,) = caplog.records
+    assert "1 of 3 answers, which with their prompts are longer" in record.message
+    assert not asked(teacher, [long]).comparable.any()
+
+
+def test_another_model_behind_a_server_is_told(fake, folder, student_tokenizer, tmp_path, caplog):
+    other = shutil.copytree(folder, tmp_path / "renamed")
+    ready(ServedTeacher(str(other), Servers(urls=[fake.url])), student_tokenizer, respell=False)
+    (record,) = caplog.records
+    assert str(folder) in record.message
+    assert "renamed" in record.message
+
+
+def test_a_server_that_comes_back_with_another_model_ends_the_run(
+    folder, teacher_tokenizer, student_tokenizer, turns, tmp_path
+):
+    other = save_tiny(tmp_path / "other", teacher_tokenizer, seed=3, hidden_size=64)
+    with serving(folder) as server:
+        teacher = ready(ServedTeacher(str(folder), Servers(urls=[server.url])), student_tokenizer, respell=True)
+        before = asked(teacher, turns)
+        for present in (folder, other):
+            server.stop()
+            server.folder = present
+            server.restart()
+            server.faults.append(Fault("hangs up"))
+            if present == folder:
+                assert asked(teacher, turns).log_probs.equal(before.log_probs)
+        with pytest.raises(ServerError, match="come back with another model"):
+            asked(teacher, turns)
