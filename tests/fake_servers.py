@@ -38,7 +38,7 @@ class InProcess:
     def alive(self) -> bool:
         return self.starts > 0 and self.fake.server.fileno() != -1
 
-    def start(self) -> None:
+    def start(self, leaving: object = None) -> None:
         self.stop()
         self.starts += 1
         if self.starts == 1:

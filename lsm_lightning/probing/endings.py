@@ -44,8 +44,8 @@ def check_ending(
         return refused(
             check,
             f"None of {len(turns)} answers ended by {names}; they went on after {visible(vocabulary.pieces[past[0]])}",
-            f"Add id {past[0]} to eos_token_id in generation_config.json of the {side}, or set a chat_template that "
-            "shows it.",
+            f"If that ends a turn of this model, add id {past[0]} to eos_token_id in its generation_config.json, or "
+            f"set a chat_template that shows it. If not, the {side} does not know what such a prompt asks of it.",
         )
     text = f"None of {len(turns)} answers ended within {new} tokens, by {names}"
     if cut:

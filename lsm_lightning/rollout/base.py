@@ -1,5 +1,6 @@
 """An engine is a replica of the student that writes answers."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -9,6 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
 from lsm_lightning.types import Completion
+
+COLDEST = 1e-6
+"""Lowest temperature but 0: logits divided by less may overflow."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +31,10 @@ class Sampling:
     stop: Sequence[str] = ()
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ConfigurationError(f"temperature={self.temperature}: use 0 (greedy) or a positive number.")
+        if self.temperature != 0 and not COLDEST <= self.temperature < math.inf:
+            raise ConfigurationError(
+                f"temperature={self.temperature}: use 0 (greedy) or a finite number from {COLDEST:g} on."
+            )
         if not 0 < self.top_p <= 1:
             raise ConfigurationError(f"top_p={self.top_p}: use a number above 0, at most 1.")
         if isinstance(self.stop, str) or not all(self.stop):
@@ -160,6 +166,10 @@ class Engine(ABC):
             ConfigurationError: One does not fit.
         """
         for request in requests:
+            if not request.ids:
+                raise ConfigurationError(
+                    f"A prompt for the {whose} is empty: its chat template makes nothing of the task's messages."
+                )
             prompt, new, room = len(request.ids), request.longest(max_new_tokens), self.room(len(request.ids))
             if room is not None and new > room:
                 raise ConfigurationError(

@@ -1,12 +1,9 @@
 """A rollout engine on vLLM servers, which take over the student's weights after each step."""
 
-import shutil
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import mkdtemp
 from uuid import uuid4
 
 import numpy as np
@@ -27,6 +24,7 @@ from lsm_lightning.serving import protocol
 from lsm_lightning.serving.client import BadAnswer, Question, ServerError
 from lsm_lightning.serving.fleet import SLEEP_MODE, Fleet, Servers
 from lsm_lightning.serving.gpu import free_memory, give_back_cache
+from lsm_lightning.serving.scratch import scratch_folder
 from lsm_lightning.sharding import rest
 from lsm_lightning.student import plain_state_dict
 from lsm_lightning.types import Completion
@@ -214,8 +212,7 @@ class VLLMEngine(Engine):
         """On a name for this run, and on the folder of this machine's first process."""
         place, folder = self._fleet.place, self.folder
         if folder is None and place.is_first_here:
-            folder = mkdtemp(prefix="lsm-lightning-weights-")
-            self._scratch = weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+            folder, self._scratch = scratch_folder(self)
         folder = gather(folder)[place.first_here]
         assert folder is not None
         self._weights = Path(folder).expanduser().resolve() / f"student-{place.first_here}"

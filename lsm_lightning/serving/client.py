@@ -100,6 +100,8 @@ class Client:
         self._locks: dict[str, asyncio.Lock] = {}
         self._told: set[tuple[str, str]] = set()
         self._under_way: list[SimpleQueue[Any]] = []
+        self.leaving = threading.Event()
+        """Set when nothing is asked any more: then `back` has nothing to wait for."""
 
     def ask(self, questions: Sequence[tuple[int, Question[Answer]]]) -> list[Answer]:
         """Answers in the order of the questions, each of which comes with the number of its server.
@@ -179,9 +181,11 @@ class Client:
             return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
         session = run(_session()).result()
+        self.leaving.clear()
         try:
             yield lambda server, question: run(self._patiently(session, bound, server, question))
         finally:
+            self.leaving.set()
             run(_end(session)).result()
             loop.call_soon_threadsafe(loop.stop)
             thread.join()
@@ -238,10 +242,10 @@ class Client:
         if response.status >= 500 or response.status in TEMPORARY:
             raise BadAnswer(f"answered with status {response.status} ({_quote(text)})")
         if response.status >= 400:
-            hint = "" if response.status != 404 or question.path.startswith("/v1/") else f"{FOR_DEVELOPERS} "
+            hint = "" if response.status != 404 or question.path.startswith("/v1/") else f" {FOR_DEVELOPERS}"
             raise ServerError(
                 f"The server {url} refuses {question.what} ({question.path}) with status {response.status}: "
-                f"{_quote(text)}. {hint}{self._remedy}"
+                f"{_quote(text)}.{hint}"
             )
         answer = json.loads(text) if text else None
         try:

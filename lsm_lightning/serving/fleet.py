@@ -1,5 +1,6 @@
 """The vLLM servers of a run: found at their addresses or started, and shared out over its processes."""
 
+import threading
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -160,15 +161,18 @@ class Fleet:
         """Whether this process has started a server that runs no more."""
         return self._own is not None and not self._own.alive
 
-    def revive(self) -> None:
+    def revive(self, leaving: threading.Event | None = None) -> None:
         """Start this process's own server again where it has ended.
+
+        Args:
+            leaving: Ends the waiting for it.
 
         Raises:
             ServerError: It cannot be started.
         """
         if self.has_ended:
             assert self._own is not None
-            self._own.start()
+            self._own.start(leaving)
 
     def close(self) -> None:
         """End what was started."""
@@ -218,12 +222,14 @@ class Fleet:
 
     def _back(self, url: str) -> bool:
         """After an outage: start one's own server again, or wait for who does; others are looked at as they are."""
+        assert self._client is not None, "open() comes first"
+        leaving = self._client.leaving
         if self.has_ended:
-            self.revive()
+            self.revive(leaving)
         elif self.settings.launch is not None:
             end = time.monotonic() + self.settings.launch.start_timeout
-            while not healthy(url) and time.monotonic() < end:
-                time.sleep(1.0)
+            while not healthy(url) and time.monotonic() < end and not leaving.wait(1.0):
+                pass
         return healthy(url) and self._fit(url)
 
 

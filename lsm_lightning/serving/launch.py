@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -94,8 +95,11 @@ class Server:
         """Whether the process runs."""
         return self._process is not None and self._process.poll() is None
 
-    def start(self) -> None:
+    def start(self, leaving: threading.Event | None = None) -> None:
         """Start the process and wait until it answers; the address stays the same when it is started again.
+
+        Args:
+            leaving: Set by another thread when nobody waits for it any more.
 
         Raises:
             ServerError: It ended, or was not ready in time.
@@ -116,6 +120,8 @@ class Server:
             )
         end = time.monotonic() + self._launch.start_timeout
         while not healthy(self.url):
+            if leaving is not None and leaving.is_set():
+                raise self._failed("was not waited for")
             if not self.alive or time.monotonic() > end:
                 raise self._failed("ended before it was ready" if not self.alive else "was not ready in time")
             time.sleep(SECONDS_BETWEEN_LOOKS)

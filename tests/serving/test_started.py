@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -118,3 +119,13 @@ def test_one_that_does_not_start_is_told_with_its_own_words(program, settings, t
     log = Path(str(error.value).rpartition(" is in ")[2].rstrip("."))
     assert log.exists()
     log.unlink()
+
+
+def test_nobody_waits_for_one_that_is_not_wanted_any_more():
+    made, leaving = server("import time; time.sleep(1000)", start_timeout=300.0), threading.Event()
+    threading.Timer(0.5, leaving.set).start()
+    started = time.monotonic()
+    with pytest.raises(ServerError, match="not waited for"):
+        made.start(leaving)
+    assert time.monotonic() - started < 60
+    assert not made.alive
