@@ -99,6 +99,8 @@ class Histories:
         return [self.next - count + j for j in range(count)]
 
     def append(self, lengths: list[int]) -> None:
+        if self.rows and max(lengths) > self.cache.length:
+            self.cache.lengthen(max(lengths), 6, 2)
         added = [self.numbers(length) for length in lengths]
         width = max(lengths)
         padded = torch.tensor([[-1.0] * (width - len(row)) + row for row in added])
@@ -160,8 +162,25 @@ def test_rows_see_their_own_past_and_nothing_else(data):
             order = data.draw(st.permutations(range(rows)))[: data.draw(st.integers(1, rows))]
             played.keep(order)
         elif deed == "append" and rows < 6:
-            longest = max(map(len, played.rows))
+            longest = max(map(len, played.rows)) + 5
             played.append(data.draw(st.lists(st.integers(1, longest), min_size=1, max_size=6 - rows)))
+    played.write()
+
+
+def test_a_longer_row_moves_the_others_only_where_it_does_not_fit():
+    model = special_model("gemma3-every-other-sliding")
+    played = Histories(model, rows=3, columns=6, longest=12)
+    played.append([12, 3])
+    for _ in range(4):
+        played.write()
+    played.keep([1])
+    memory = [layer.keys.data_ptr() for layer in played.cache.layers]
+    played.append([16])  # as many columns as the first row had
+    assert [layer.keys.data_ptr() for layer in played.cache.layers] == memory
+    played.write()
+    played.append([18])
+    assert played.cache.layers[1].keys.data_ptr() != memory[1]
+    assert played.cache.layers[1].keys.shape[2] == 18 + 2
     played.write()
 
 

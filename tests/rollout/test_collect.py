@@ -2,14 +2,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
+from fake_vllm import serving
 from scripted import EchoEpisode, ScriptedEngine
 from tiny import STUDENT_END
 
-from lsm_lightning.pretrained import render
-from lsm_lightning.rollout import Sampling
+from lsm_lightning.pretrained import load_model, render
+from lsm_lightning.rollout import LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.seeds import seed_of
+from lsm_lightning.serving import Servers
 from lsm_lightning.tasks.base import Episode
 from lsm_lightning.types import Completion, Message, Trajectory
 
@@ -118,6 +120,15 @@ def test_progress_is_told_as_episodes_end(player):
     assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
+def test_episodes_can_be_left_off_after_some_turns(player):
+    episodes = games()
+    trajectories = play(episodes, player, max_turns=2)
+    assert [len(t.turns) for t in trajectories] == [2, 1, 2]
+    assert [t.unfinished for t in trajectories] == [False, False, True]
+    assert all(episode.closed for episode in episodes)
+    assert trajectories[2].turns == play(games(), player)[2].turns[:2]
+
+
 def test_no_episode_is_no_trajectory(player):
     assert play([], player) == []
 
@@ -206,3 +217,63 @@ def test_what_takes_time_lies_in_a_span(player):
     # At the beginning episodes are asked once, and after each turn they take their step and are asked again.
     environments = ["environments", "end of environments"] * (1 + 2 * max(LENGTHS))
     assert names == ["answers", *environments, "end of answers"]
+
+
+# ---- without rounds -------------------------------------------------------------------------------------------------
+
+
+def in_lock_step(episodes: list[EchoEpisode], player: Player, new: int) -> list[list[tuple[list[int], str]]]:
+    """Prompts and answers as a plain loop gets them: a turn of all open episodes, then the next, each answer alone."""
+    turns: list[list[tuple[list[int], str]]] = [[] for _ in episodes]
+    while any(not episode.done for episode in episodes):
+        for number, episode in enumerate(episodes):
+            if not episode.done:
+                (ids,) = render(player.tokenizer, [list(episode.messages())])
+                request = Request(ids=ids, seed=seed_of("run", number, len(turns[number])))
+                (answer,) = player.engine.generate(
+                    [request], player.sampling, max_new_tokens=new, turn_end=player.turn_end
+                )
+                said = answer.ids if answer.truncated else answer.ids[:-1]
+                turns[number].append((ids, player.tokenizer.decode(said)))
+                episode.step(turns[number][-1][1])
+    return turns
+
+
+def many_games() -> list[EchoEpisode]:
+    """Some of them equal, so that prompts are too; and their later prompts are longer."""
+    return [LongerEpisode(("apple", "river", "stone")[number % 3], 2 + number % 4) for number in range(11)]
+
+
+class LongerEpisode(EchoEpisode):
+    """Shows all that was said."""
+
+    def messages(self) -> list[Message]:
+        return [{"role": "user", "content": f"{self.kind}? {' '.join(said[:20] for said in self.answers)}"}]
+
+
+@pytest.fixture(params=["local, 3 rows", "local, 256 rows", "served"])
+def writer(request, student_tokenizer, student_folder) -> Iterator[Player]:
+    """Writes answers of many lengths."""
+    model = load_model(str(student_folder), "float32")
+    settings = {"tokenizer": student_tokenizer, "turn_end": frozenset(range(0, 340, 9)), "sampling": Sampling()}
+    if request.param == "served":
+        with serving(student_folder) as fake:
+            engine = VLLMEngine(Servers(urls=[fake.url], concurrency=5))
+            engine.sync(model)
+            yield Player(engine=engine, **settings)
+            engine.close()
+    else:
+        engine = LocalEngine(batch_size=int(request.param.split()[1]))
+        engine.sync(model)
+        yield Player(engine=engine, **settings)
+
+
+def test_turns_are_those_of_episodes_in_lock_step(writer):
+    expected = in_lock_step(many_games(), writer, new=24)
+    keyed = [(("run", number), episode) for number, episode in enumerate(many_games())]
+    took: list[int] = []
+    trajectories = collect(keyed, writer, max_new_tokens=24, on_turns=lambda turns: took.append(len(turns)))
+    assert [[(list(turn.prompt.ids), turn.answer) for turn in t.turns] for t in trajectories] == expected
+    assert len({len(answer) for turns in expected for _, answer in turns}) > 5  # uneven enough to tell
+    assert len(took) > max(map(len, expected))  # not in rounds
+    assert sum(took) == sum(map(len, expected))

@@ -16,6 +16,7 @@ from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import VLLMEngine
 from lsm_lightning.rollout.base import Engine
 from lsm_lightning.serving import Servers
+from lsm_lightning.serving import client as client_module
 
 PROMPTS = [random_ids(seed, length) for seed, length in enumerate([4, 30, 4, 9, 17, 4])]
 TURNS = [3, 1, 5, 2, 4, 0]
@@ -96,6 +97,34 @@ def test_a_conversation_without_an_answer_is_over(model):
 def test_an_answer_of_no_length_is_given_too(model):
     made = converse(engine_of(model), Talks(PROMPTS[:2], [2, 1], [0, 3]), NEVER)
     assert [[len(answer) for answer in of_one] for of_one in made.texts] == [[0, 0], [3]]
+
+
+def test_no_answer_of_lost_weights_is_followed_up(student_tokenizer, tmp_path, monkeypatch):
+    """A server is started anew between two turns, with its first weights, and answers with them at once."""
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.01)
+    folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
+    model = tiny_model(seed=2, initializer_range=0.1)
+    with serving(folder) as fake:
+        engine = VLLMEngine(Servers(urls=[fake.url]))
+        engine.sync(model)
+        undisturbed = converse(engine, talks())
+        right, asked = fake.answer, {"answers": 0}
+
+        def answer(path: str, body: dict) -> object:
+            asked["answers"] += path == COMPLETIONS
+            if path == COMPLETIONS and asked["answers"] in (4, 9):
+                fake.model, fake.version = load_model(str(folder), "float32"), "default"
+                fake.cached.clear()
+            return right(path, body)
+
+        fake.answer = answer
+        assert converse(engine, talks()).texts == undisturbed.texts
+        assert asked["answers"] > 9
+        engine.sync(model)
+        asked["answers"] = 0
+        monkeypatch.setattr(engine._fleet._client, "_proof", None)
+        assert converse(engine, talks()).texts != undisturbed.texts  # the control
+        engine.close()
 
 
 def test_served_conversations_go_on_while_another_waits(student_tokenizer, tmp_path):

@@ -60,6 +60,26 @@ def test_the_student_writes_on_meanwhile(turns, teacher):
         ahead.result(turns)
 
 
+def test_what_is_handed_in_meanwhile_is_scored_in_one_go(turns, teacher):
+    may_score, begun, sizes = threading.Event(), threading.Event(), []
+
+    def score(part):
+        sizes.append(len(part))
+        begun.set()
+        assert may_score.wait(30)
+        return teacher.score(part, nothing_added(part))
+
+    with ScoringAhead(score) as ahead:
+        ahead.submit(turns[:1])
+        assert begun.wait(30)
+        for turn in turns[1:4]:
+            ahead.submit([turn])
+        may_score.set()
+        support = ahead.result(turns[:4])
+    assert sizes == [1, 3]
+    assert len(support.ids) == sum(len(turn.completion.ids) for turn in turns[:4])
+
+
 def test_what_goes_wrong_is_raised_where_the_supports_are_wanted(turns):
     def score(part):
         raise ConnectionError("gone")
