@@ -69,7 +69,7 @@ def test_what_is_handed_in_meanwhile_is_scored_in_one_go(turns, teacher):
         assert may_score.wait(30)
         return teacher.score(part, nothing_added(part))
 
-    with ScoringAhead(score) as ahead:
+    with ScoringAhead(score, teacher.cancel) as ahead:
         ahead.submit(turns[:1])
         assert begun.wait(30)
         for turn in turns[1:4]:
