@@ -36,7 +36,7 @@ def check_ending(
     """
     check = f"{side}'s turn end"
     names = " ".join(visible(vocabulary.pieces[i]) for i in sorted(turn_end)) or "nothing"
-    done = sum(ended(turn, turn_end) for turn in turns)
+    done = sum(ended(turn, turn_end) or turn.completion.stopped for turn in turns)
     if done:
         return ok(check, f"{done} of {len(turns)} answers ended, by {names} (limit {new} tokens)")
     past = [i for turn in turns for i in _surely(turn, turn_end, vocabulary, tags)]

@@ -90,6 +90,8 @@ class VLLMEngine(Engine):
         self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
+        self._first: _Probe | None = None
+        """Of the first weights: in a short type a step changes less than is lost by rounding, but many steps do not."""
         self._limit = 0.0
         self._run, self._syncs = "", 0
         self._asleep = False
@@ -128,9 +130,10 @@ class VLLMEngine(Engine):
             give_back_cache()
         if fresh:
             fleet.open(self._options(model, dtype))
-        former, self._probe = self._probe, probe
+        earlier = [known for known in (self._first, self._probe) if known is not None]
+        self._first, self._probe = self._first or probe, probe
         self._syncs += 1
-        together(lambda: self._renew_all(former))
+        together(lambda: self._renew_all(earlier))
         self._asleep = False
 
     def converse(
@@ -198,7 +201,7 @@ class VLLMEngine(Engine):
         self._fleet.close()
         if self._scratch is not None:
             self._scratch()
-        self._scratch = self._weights = self._probe = None
+        self._scratch = self._weights = self._probe = self._first = None
         self._syncs, self._asleep = 0, False
 
     # ---- weights ----------------------------------------------------------------------------------------------------
@@ -234,17 +237,17 @@ class VLLMEngine(Engine):
         }
         return [word for option in options.items() for word in option]
 
-    def _renew_all(self, former: "_Probe | None") -> None:
+    def _renew_all(self, earlier: "Sequence[_Probe]") -> None:
         self._fleet.revive()
         for url in self._fleet.kept:
-            self._renew(url, former)
+            self._renew(url, earlier)
 
     def _renewed(self, url: str) -> bool:
         """Give a server that was away the present weights again."""
-        self._renew(url, None)
+        self._renew(url, [])
         return True
 
-    def _renew(self, url: str, former: "_Probe | None") -> None:
+    def _renew(self, url: str, earlier: "Sequence[_Probe]") -> None:
         """Have a server load the weights, and make sure that it has."""
         assert self._probe is not None
         bodies: dict[str, dict[str, object]] = {
@@ -257,7 +260,7 @@ class VLLMEngine(Engine):
                 self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
             told = self._told(url, self._probe)
             if self._is_present(url):  # else it has started anew in between
-                self._check(url, told, self._probe, former)
+                self._check(url, told, self._probe, earlier)
                 return
         raise ServerError(
             f"The server {url} loses the student's weights again and again: does another run use it, or does it start "
@@ -312,10 +315,12 @@ class VLLMEngine(Engine):
             "this process on its GPU; or give servers GPUs of their own (servers.launch.colocated=false)."
         )
 
-    def _check(self, url: str, told: Sequence[Mapping[int, float]], probe: "_Probe", former: "_Probe | None") -> None:
-        """Compare a server's next tokens with those of the student as it is, and as it was before."""
+    def _check(
+        self, url: str, told: Sequence[Mapping[int, float]], probe: "_Probe", earlier: "Sequence[_Probe]"
+    ) -> None:
+        """Compare a server's next tokens with those of the student as it is, and as it was before and at first."""
         gap = probe.gap(told)
-        before = torch.inf if former is None else former.gap(told)
+        before = min((known.gap(told) for known in earlier), default=torch.inf)
         if not gap <= self._limit or before < gap / 2:
             whose = f", and by {before:.2g} nats from those before" if before < gap else ""
             raise ServerError(

@@ -22,6 +22,7 @@ from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout import vllm as vllm_module
 from lsm_lightning.rollout.base import Request
+from lsm_lightning.rollout.vllm import _Probe
 from lsm_lightning.serving import Launch, ServerError, Servers
 from lsm_lightning.types import Completion
 
@@ -281,6 +282,19 @@ def test_another_model_on_the_server_is_told(fake, student_tokenizer, tmp_path):
     other = load_model(str(save_tiny(tmp_path, student_tokenizer, seed=2, **WIDE)), "float32")
     with pytest.raises(ServerError, match=r"differ from the student's by \d.*tolerance=0\.001"):
         VLLMEngine(Servers(urls=[fake.url])).sync(other)
+
+
+def test_first_weights_are_told_from_the_present_ones_through_rounding():
+    """A step changes less than a short type rounds, so that weights of the step before say nothing."""
+    first, former, present = (
+        _Probe(texts=[[1]], log_probs=torch.tensor([[-1.0, -2.0, -3.0]]) + moved) for moved in (0.0, 0.095, 0.1)
+    )
+    told = [{0: -0.98, 1: -2.02, 2: -2.98}]  # of the first ones, rounded
+    engine = VLLMEngine(Servers(urls=["http://10.0.0.1:8000"]), tolerance=0.25)
+    engine._limit = 0.25
+    engine._check("http://10.0.0.1:8000", told, present, [former])
+    with pytest.raises(ServerError, match="from those before"):
+        engine._check("http://10.0.0.1:8000", told, present, [first, former])
 
 
 def test_weights_that_are_no_numbers_are_not_sent(served, fake, model):
