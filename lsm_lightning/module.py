@@ -442,10 +442,11 @@ class OnPolicyDistillation(LightningModule):
     def _scored(
         self, teacher: Teacher, ahead: ScoringAhead | None, turns: list[Turn], added: Int[Tensor, "n c"]
     ) -> Support:
-        if ahead:
-            return together(lambda: ahead.result(turns))
+        def score() -> Support:
+            return ahead.result(turns) if ahead else teacher.score(turns, added)
+
         # Processes may share a local teacher, and wait for each other in there.
-        return together(lambda: teacher.score(turns, added)) if teacher.elsewhere else teacher.score(turns, added)
+        return together(score) if teacher.elsewhere else score()
 
     def _added_tokens(self, turns: list[Turn], groups: list[list[int]]) -> Int[Tensor, "n c"]:
         """Student ids that the objective compares besides the teacher's top tokens."""

@@ -11,8 +11,6 @@ ACHIEVED_FLOPS = 0.4
 """Of the peak that matrix products reach in training: what well-tuned trainers report (MFU of 30 to 50 %)."""
 ACHIEVED_BANDWIDTH = 0.7
 """Of the peak that decoding reaches, likewise."""
-
-
 HOST_BANDWIDTH = 25e9
 """Bytes a second between a GPU and main memory, and within it: what PCIe 4.0 x16 reaches of its 32 GB/s, and about what
 one of eight processes gets of a server's main memory."""

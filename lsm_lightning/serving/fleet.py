@@ -86,7 +86,8 @@ class Fleet:
         self.settings = settings
         self.place = Place()
         self.model: Model | None = None
-        self._roots: dict[str, str | None] = {}
+        self.root_of: dict[str, str | None] = {}
+        """By address, the folder or hub id that a server was started with, where it tells."""
         self._fit, self._proof = fit, proof
         self._own: Server | None = None
         self._client: Client | None = None
@@ -214,11 +215,7 @@ class Fleet:
                     f"The servers {self.urls[0]} and {url} have different context lengths, {self.model.context} and "
                     f"{model.context} tokens: start them with the same --max-model-len."
                 )
-            self.model, self._roots[url] = model, model.root
-
-    def root_of(self, url: str) -> str | None:
-        """The folder or hub id that a server was started with, where it tells."""
-        return self._roots[url]
+            self.model, self.root_of[url] = model, model.root
 
     def _back(self, url: str) -> bool:
         """After an outage: start one's own server again, or wait for who does; others are looked at as they are."""

@@ -181,7 +181,7 @@ class ServedTeacher(ScoringTeacher):
     def _check_servers(self) -> None:
         for url in self._fleet.urls:
             self._said[url] = self._check(url)
-            if (root := self._fleet.root_of(url)) is not None and Path(root).name != Path(locate(self.path)).name:
+            if (root := self._fleet.root_of[url]) is not None and Path(root).name != Path(locate(self.path)).name:
                 logger.warning(
                     f"The server {url} has the model '{root}', and the teacher's path is '{self.path}': make sure that "
                     "they are the same."

@@ -27,6 +27,20 @@ def written(engine: Any) -> list[list[int]]:
     return [list(answer.ids) for answer in answers]
 
 
+def written_locally(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
+    """What a local engine writes with the whole student, before and after its weights change."""
+    model, local = load_model(str(folder), "float32"), LocalEngine()
+    local.sync(model)
+    before = written(local)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    local.sync(model)
+    after = written(local)
+    assert before != after
+    return before, after
+
+
 def one_process(rank: int, folder: Path, model: str, urls: dict[str, list[str]]) -> None:
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
@@ -62,15 +76,7 @@ def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, s
         urls = {"shared": [shared.url], "own": [first.url, second.url], "deaf": [deaf.url]}
         multiprocessing.spawn(one_process, (tmp_path, str(folder), urls), nprocs=2)
     found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
-    model, local = load_model(str(folder), "float32"), LocalEngine()
-    local.sync(model)
-    before = written(local)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.05)
-    local.sync(model)
-    after = written(local)
-    assert before != after
+    before, after = written_locally(folder)
     for of_process in found:
         assert of_process["shared"] == of_process["own"] == before
         assert of_process["shared, changed"] == of_process["own, changed"] == after
@@ -119,15 +125,9 @@ def test_each_process_has_a_server_beside_it_which_sleeps_between_steps(tmp_path
     folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
     multiprocessing.spawn(beside_its_server, (tmp_path, str(folder)), nprocs=2)
     found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
-    model, local = load_model(str(folder), "float32"), LocalEngine()
-    local.sync(model)
-    before = written(local)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.05)
-    local.sync(model)
+    before, after = written_locally(folder)
     for of_process in found:
-        assert (of_process["first"], of_process["second"]) == (before, written(local))
+        assert (of_process["first"], of_process["second"]) == (before, after)
         assert of_process["asleep after the first"] == of_process["asleep after the second"] == {"weights", "kv_cache"}
         assert len(of_process["urls"]) == 1
         # That the first process's server does not sleep is told in both.
