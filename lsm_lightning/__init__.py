@@ -5,6 +5,5 @@ import os
 # Threads that spin while they wait cost a busy machine up to five times the time; this must precede torch's import.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("GOMP_SPINCOUNT", "0")
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 __version__ = "0.1.0"

@@ -1,7 +1,8 @@
 """Micro-batches of turns: grouped by length, padded on the right, with the places that predict the response."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -40,16 +41,14 @@ class TokenBatch:
         cls, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], device: torch.device
     ) -> "TokenBatch":
         """Pad sequences to a common length; each prompt has at least one token."""
-        rows = _rows(prompts, responses)
-        width = max(len(row) for row in rows)
         sequence, column = _places(prompts, responses, device)
         return cls(
-            ids=torch.tensor([row + [0] * (width - len(row)) for row in rows], device=device),
+            ids=torch.from_numpy(padded(_rows(prompts, responses))[0]).to(device),
             position_ids=None,
             sequence=sequence,
             row=sequence,
             column=column,
-            targets=torch.tensor([i for response in responses for i in response], dtype=torch.long, device=device),
+            targets=end_to_end(responses, device),
         )
 
     @classmethod
@@ -61,32 +60,53 @@ class TokenBatch:
         starts = torch.tensor([places.start for places in spans([len(row) for row in rows])], device=device)
         sequence, column = _places(prompts, responses, device)
         return cls(
-            ids=torch.tensor([[i for row in rows for i in row]], device=device),
-            position_ids=torch.tensor([[place for row in rows for place in range(len(row))]], device=device),
+            ids=end_to_end(rows, device)[None],
+            position_ids=end_to_end([range(len(row)) for row in rows], device)[None],
             sequence=sequence,
             row=torch.zeros_like(sequence),
             column=column + starts[sequence],
-            targets=torch.tensor([i for response in responses for i in response], dtype=torch.long, device=device),
+            targets=end_to_end(responses, device),
         )
+
+
+def padded(rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Token ids `[B, T]` of some sequences, padded with 0 on the right or `left`, and True where they stand.
+
+    >>> ids, there = padded([[5, 6, 7], [8]], left=True)
+    >>> ids.tolist(), there[1].tolist()
+    ([[5, 6, 7], [0, 0, 8]], [False, False, True])
+    """
+    lengths = np.array([len(row) for row in rows], np.int64)[:, None]
+    place = np.arange(lengths.max(initial=0))
+    there = place >= len(place) - lengths if left else place < lengths
+    ids = np.zeros(there.shape, np.int64)
+    ids[there] = _joined(rows)
+    return ids, there
 
 
 def padded_responses(turns: Sequence[Turn]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Response ids `[B, T]` of the turns, one turn a row and padded on the right with 0, and True where they stand."""
-    lengths = [len(turn.completion.ids) for turn in turns]
-    ids = np.zeros((len(turns), max(lengths, default=0)), np.int64)
-    response = np.arange(ids.shape[1]) < np.array(lengths, np.int64)[:, None]
-    ids[response] = [i for turn in turns for i in turn.completion.ids]
-    return ids, response
+    return padded([turn.completion.ids for turn in turns])
+
+
+def end_to_end(rows: Iterable[Sequence[int]], device: torch.device) -> Int[Tensor, " n"]:
+    """Sequences laid one after the other."""
+    return torch.from_numpy(_joined(rows)).to(device)
 
 
 def sampled_ids(turns: Sequence[Turn], device: torch.device) -> Int[Tensor, " n"]:
     """What the student sampled in some turns, laid end to end."""
-    return torch.tensor([i for turn in turns for i in turn.completion.ids], dtype=torch.long, device=device)
+    return end_to_end([turn.completion.ids for turn in turns], device)
 
 
 def rows_of(places: Sequence[range], members: Sequence[int], device: torch.device) -> Int[Tensor, " m"]:
     """Where the positions of some turns lie among those of all turns, whose `spans` are given."""
-    return torch.tensor([place for i in members for place in places[i]], dtype=torch.long, device=device)
+    return end_to_end([places[i] for i in members], device)
+
+
+def _joined(rows: Iterable[Sequence[int]]) -> NDArray[np.int64]:
+    """By numpy, since torch takes eight times as long to read lists."""
+    return np.fromiter(chain.from_iterable(rows), np.int64)
 
 
 def _rows(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]]) -> list[list[int]]:

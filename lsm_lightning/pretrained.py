@@ -197,13 +197,10 @@ def render(tokenizer: PreTrainedTokenizerBase, conversations: list[list[dict[str
     """Token ids of conversations under the tokenizer's chat template, generation prefix included."""
     keys = [tuple(tuple(message.items()) for message in messages) for messages in conversations]
     distinct = dict(zip(keys, conversations, strict=True))  # the answers of a group share their prompt
-    texts = [
-        tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-        for messages in distinct.values()
-    ]
-    # A tokenizer cannot encode no texts at all.
-    ids = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
-    of_key = dict(zip(distinct, ids, strict=True))
+    if not distinct:  # no texts at all are more than a tokenizer can encode
+        return []
+    texts = tokenizer.apply_chat_template([*distinct.values()], add_generation_prompt=True, tokenize=False)
+    of_key = dict(zip(distinct, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True))
     return [list(of_key[key]) for key in keys]
 
 

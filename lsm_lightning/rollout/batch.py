@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from lsm_lightning.batching import padded
 from lsm_lightning.rollout.base import Request, Sampling, check_finite
 from lsm_lightning.rollout.cache import RowCache, recurrent
 from lsm_lightning.rollout.sampling import sample
@@ -294,7 +295,5 @@ def more_columns(length: int, needed: int) -> int:
 
 def left_pad(rows: Sequence[Sequence[int]], device: torch.device) -> tuple[Int[Tensor, "b t"], Int[Tensor, "b t"]]:
     """Token ids and a 0/1 mask, ends flush right; padding holds token 0, which the mask hides."""
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return ids, mask
+    ids, there = padded(rows, left=True)
+    return torch.from_numpy(ids).to(device), torch.from_numpy(there.astype(np.int64)).to(device)

@@ -162,6 +162,8 @@ class RowCache(Cache):
         """Tokens that can be written still."""
         self.length = length
         """Tokens that the longest row has seen."""
+        self._mask: Bool[Tensor, "n u"] | None = None
+        """Also of columns that are still to be written; none where rows have come, gone or moved since."""
         self.shorten(length)
 
     def mask(self, seen: Int[Tensor, " n"]) -> Bool[Tensor, "n t"] | None:
@@ -171,15 +173,19 @@ class RowCache(Cache):
         """
         if not any(isinstance(layer, RowLayer) for layer in self.layers):
             return None
-        return torch.arange(self.length + 1, device=seen.device) >= self.length - seen[:, None]
+        if self._mask is None:
+            self._mask = torch.arange(self.length + self.room, device=seen.device) >= self.length - seen[:, None]
+        return self._mask[:, : self.length + 1]
 
     def append(self, prefilled: DynamicCache, index: Int[Tensor, " m"]) -> None:
         """More rows, taken from those of a prefill that is padded on the left."""
+        self._mask = None
         for layer, source in zip(_kept(self), _kept(prefilled), strict=True):
             layer.append(source, index)
 
     def keep(self, order: Int[Tensor, " n"], moved: Int[Tensor, " m"]) -> None:
         """The first rows only: row i is the former row `order[i]`, another one where i is among `moved`."""
+        self._mask = None
         for layer in _kept(self):
             layer.keep(order, moved)
 
@@ -189,6 +195,7 @@ class RowCache(Cache):
 
     def shorten(self, length: int) -> None:
         """The longest row has seen no more than this, now that longer ones are done."""
+        self._mask = None
         self.length = length
         for layer in self.layers:
             if isinstance(layer, RowLayer):
@@ -202,6 +209,7 @@ class RowCache(Cache):
 
     def reserve(self, rows: int, columns: int) -> None:
         """Make room for so many rows and tokens, layer by layer."""
+        self._mask = None
         self.room = columns
         for layer in _kept(self):
             layer.reserve(rows, columns)

@@ -31,38 +31,42 @@ def sample(
     >>> tokens, log_probs.exp()
     (tensor([1]), tensor([0.8438]))
     """
-    total = logits.logsumexp(-1)
+    log_probs = logits.log_softmax(-1)
     if sampling.temperature == 0:
         tokens = logits.argmax(-1)
-    elif sampling.top_p == 1:
-        tokens = _from_all((logits / sampling.temperature).softmax(-1), uniform)
-    elif sampling.temperature == 1:
-        tokens = _from_nucleus(logits, total, uniform, sampling.top_p)
     else:
-        scaled = logits / sampling.temperature
-        tokens = _from_nucleus(scaled, scaled.logsumexp(-1), uniform, sampling.top_p)
-    return tokens, logits.gather(-1, tokens[:, None])[:, 0] - total
+        scaled = log_probs if sampling.temperature == 1 else (logits / sampling.temperature).log_softmax(-1)
+        tokens = _from_all(scaled.exp(), uniform) if sampling.top_p == 1 else _drawn(scaled, uniform, sampling.top_p)
+    return tokens, log_probs.gather(-1, tokens[:, None])[:, 0]
+
+
+def _drawn(log_probs: Float[Tensor, "b v"], uniform: Float[Tensor, " b"], top_p: float) -> Int[Tensor, " b"]:
+    """Most nuclei hold one token, which is found in half the time of a few."""
+    highest, tokens = log_probs.max(-1)
+    wider = (highest.exp() < top_p).nonzero()[:, 0]
+    if len(wider):
+        tokens[wider] = _from_nucleus(log_probs[wider], uniform[wider], top_p)
+    return tokens
 
 
 def _from_nucleus(
-    logits: Float[Tensor, "b v"],
-    total: Float[Tensor, " b"],
+    log_probs: Float[Tensor, "b v"],
     uniform: Float[Tensor, " b"],
     top_p: float,
     guesses: Sequence[int] = NUCLEUS_GUESSES,
 ) -> Int[Tensor, " b"]:
-    """In falling order of probability; `total` is the logarithm of the sum of all."""
-    first = min(guesses[0], logits.shape[-1]) if guesses else logits.shape[-1]
-    top, ids = logits.topk(first, -1)
-    probs = (top - total[:, None]).exp()
+    """In falling order of probability."""
+    first = min(guesses[0], log_probs.shape[-1]) if guesses else log_probs.shape[-1]
+    top, ids = log_probs.topk(first, -1)
+    probs = top.exp()
     sums = probs.cumsum(-1)
     last = (sums - probs < top_p).sum(-1, keepdim=True).clamp(min=1) - 1  # of the nucleus
     drawn = uniform[:, None].clamp(max=BELOW_1) * sums.gather(-1, last)
     tokens = ids.gather(-1, (sums <= drawn).sum(-1, keepdim=True))[:, 0]
-    beyond = sums[:, -1] < top_p
-    if first < logits.shape[-1] and bool(beyond.any()):
+    beyond = (sums[:, -1] < top_p).nonzero()[:, 0]
+    if first < log_probs.shape[-1] and len(beyond):
         # Only rows whose nucleus is larger are looked at again: a row's order must not depend on the others.
-        tokens[beyond] = _from_nucleus(logits[beyond], total[beyond], uniform[beyond], top_p, guesses[1:])
+        tokens[beyond] = _from_nucleus(log_probs[beyond], uniform[beyond], top_p, guesses[1:])
     return tokens
 
 
