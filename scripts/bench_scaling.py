@@ -4,8 +4,9 @@
     python scripts/bench_scaling.py           # larger models, longer answers: about half an hour
 
 1. One process against two (DDP, FSDP2), one thread each, on the same step: its problems are shared out.
-2. Where the seconds of a step go: models (forward and backward passes, heads), environment (questions, grades, games),
-   and everything else, which is ours; also for steps as in the quickstart, and the two of them together.
+2. Where the seconds of a step go: models (forward and backward passes, from the ids to the loss and back), environment
+   (questions, grades, games), and everything else, which is ours; also for steps as in the quickstart, and the two of
+   them together.
 3. Micro-batch sizes: seconds and memory of the update; the result is the same.
 4. Cost against tokens at one length: the exponent of a power law, 1 where cost is linear.
 5. Cost a token against length at one number of tokens: a + b * length, where b is attention, which is quadratic in a
@@ -140,12 +141,13 @@ class Stopwatch:
         self.phase = BETWEEN
 
     def install(self) -> None:
-        """Into the classes of the models, heads, episodes, and the module."""
+        """Into the classes of the models, heads, loss, episodes, and the module."""
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate("embedded:student")))
         for kind in (type(model), type(model.base_model)):
             self.around(kind, "forward", "model")
         for name in ("logits", "all_logits", "log_normaliser"):
             self.around(OutputHead, name, "model")
+        self.around(LocalSupportMatching, "__call__", "model")
         self.around(OnPolicyDistillation, "manual_backward", "model")
         self.around(LocalEngine, "sync", "replica")
         for episode in _subclasses(Episode):
