@@ -407,6 +407,7 @@ def test_the_command_prints_a_table_and_writes_a_file(settings, run, tmp_path, c
     printed = capsys.readouterr().out
     assert "rollout" in printed
     assert "it fits" in printed
+    assert "prompts of 100 tokens in sums (--prompt_tokens sets it" in printed
     made = json.loads(file.read_text())
     assert made["machine"]["processes"] == 8
     assert made["tasks"]["sums"]["lengths"]["prompt"] == 100

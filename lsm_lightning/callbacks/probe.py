@@ -77,6 +77,7 @@ class Probe(Callback):
                     student=module.player(module.sampling),
                     objective=module.objective,
                     mask=module.mask,
+                    samples=data.samples_per_prompt[name],
                     first=data.seed * PROBLEMS_PER_SEED,
                     seed=module.seed,
                     texts=self.texts,

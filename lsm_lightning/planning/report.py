@@ -27,6 +27,11 @@ def show(plan: Plan, console: Console) -> None:
             f"{first.quantised / 1e6:,.0f} million of them are quantised: counted with their scales, without what the "
             "kernels of bitsandbytes need besides."
         )
+    prompts = ", ".join(f"{of_task.lengths.prompt} tokens in {of_task.task}" for of_task in plan.tasks)
+    console.print(
+        f"Assumed, not looked at: prompts of {prompts} (--prompt_tokens sets it, up to what the student's context "
+        "leaves), and every answer as long as its max_new_tokens."
+    )
     for of_task in plan.tasks:
         console.print(_memory(of_task))
         console.print(_time(of_task, machine.processes))

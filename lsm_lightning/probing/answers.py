@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from itertools import takewhile
 from random import Random
@@ -9,6 +10,7 @@ from random import Random
 from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.pretrained import render
+from lsm_lightning.probing.templates import ANSWER
 from lsm_lightning.rollout.collect import Player, collect
 from lsm_lightning.tasks.base import Task
 from lsm_lightning.types import Completion, Message, Prompt, Turn
@@ -24,16 +26,22 @@ class Played:
     """Of the episodes that were over by then."""
 
 
-def openings(task: Task, indices: Sequence[int]) -> list[list[Message]]:
-    """What the first turn of each of these training episodes asks."""
-    conversations = []
-    for index in indices:
-        episode = task.episode("train", index)
-        try:
-            conversations.append(list(episode.messages()))
-        finally:
-            episode.close()
-    return conversations
+def openings(task: Task, indices: Sequence[int], max_turns: int) -> list[list[list[Message]]]:
+    """What these training episodes ask in their first turns: turn, episode that is not over, messages.
+
+    All answers are a stand-in of one word. Real ones are longer, and what they lead to seldom is shorter.
+    """
+    asked = []
+    with ExitStack() as opened:
+        going = [opened.enter_context(closing(task.episode("train", index))) for index in indices]
+        while going:
+            asked.append([list(episode.messages()) for episode in going])
+            if len(asked) == max_turns:
+                break
+            for episode in going:
+                episode.step(ANSWER)
+            going = [episode for episode in going if not episode.done]
+    return asked
 
 
 def play(

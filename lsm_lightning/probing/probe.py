@@ -21,6 +21,7 @@ from lsm_lightning.probing.endings import check_ending
 from lsm_lightning.probing.finding import Finding, Verdict, ok, warning
 from lsm_lightning.probing.masked import Masked, check_kept, masked
 from lsm_lightning.probing.own import OwnAnswers, check_order, check_taught_end, check_writing
+from lsm_lightning.probing.sampling import check_estimate, check_randomness, check_samples
 from lsm_lightning.probing.scores import check_count, check_sense, check_sums, split
 from lsm_lightning.probing.templates import check_room, check_template, longest_prompt
 from lsm_lightning.rollout import Sampling
@@ -35,6 +36,8 @@ from tokenalign.visible import visible
 
 FEW_SHARED = 0.2
 """Share of the student's tokens, below which a support has few members."""
+LOOKED_AHEAD = 4
+"""Turns of an episode whose prompts are measured: a history of the last few turns is whole by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,8 @@ class Probing:
     """With the weights of the last `engine.sync`, as it writes rollouts."""
     objective: Objective
     mask: MaskPolicy
+    samples: int
+    """Of each prompt in a step."""
     first: int
     """Number of the first training problem that is played."""
     seed: int
@@ -109,6 +114,8 @@ class _Written:
     """What both sides wrote."""
 
     students: Played
+    calm: list[Turn]
+    """What the student writes at temperature 1, where rollouts are above that."""
     own: Played
     """The teacher's, in its tokens."""
     read: list[Turn]
@@ -177,14 +184,16 @@ def _told_to_all(leads: bool, broadcast: Callable[[Any], Any]) -> Iterator[None]
 def _prepared(probing: Probing, writer: Player | None, report: Report) -> tuple[list[Finding], _Written | None]:
     """What can be told before anything is written, and then what is written; None where that would be for nothing."""
     try:
-        conversations = openings(probing.task, probing.indices)
+        turns = openings(probing.task, probing.indices, min(probing.task.max_turns, LOOKED_AHEAD))
     except ConfigurationError as error:
         raise ConfigurationError(f"Task '{probing.name}': {error}") from error
-    findings = [_check_tokenizers(probing, report)]
+    conversations, sampling = [messages for turn in turns for messages in turn], probing.student.sampling
+    findings = [_check_tokenizers(probing, report), check_samples(sampling, probing.samples)]
+    findings.append(check_estimate(probing.objective, sampling))
     findings.append(check_template("student", probing.student.tokenizer, conversations))
     findings.append(check_template("teacher", probing.teacher.tokenizer, conversations))
     if not _any_refused(findings):
-        findings += _check_rooms(probing, conversations)
+        findings += _check_rooms(probing, turns)
     if _any_refused(findings):
         return findings, None
     return findings, _write(probing, writer)
@@ -194,13 +203,16 @@ def _any_refused(findings: Sequence[Finding]) -> bool:
     return any(finding.verdict == "refused" for finding in findings)
 
 
-def _check_rooms(probing: Probing, conversations: list[list[Message]]) -> list[Finding]:
+def _check_rooms(probing: Probing, turns: list[list[list[Message]]]) -> list[Finding]:
     sides = (
         ("student", probing.student.tokenizer, probing.student.engine.room(0)),
         ("teacher", probing.teacher.tokenizer, probing.teacher.context),
     )
     new = probing.task.max_new_tokens
-    return [check_room(side, longest_prompt(tokenizer, conversations), new, room) for side, tokenizer, room in sides]
+    return [
+        check_room(side, [longest_prompt(tokenizer, conversations) for conversations in turns], new, room)
+        for side, tokenizer, room in sides
+    ]
 
 
 def _write(probing: Probing, writer: Player | None) -> _Written:
@@ -218,7 +230,9 @@ def _write(probing: Probing, writer: Player | None) -> _Written:
         mixed = [shuffled(turn, seed_of(probing.seed, "shuffled", number)) for number, turn in enumerate(turns)]
         return [turn for turn in mixed if turn is not None]
 
-    students = played(probing.student)
+    students, sampling = played(probing.student), probing.student.sampling
+    at_one = replace(probing.student, sampling=replace(sampling, temperature=1.0))
+    calm = played(at_one).turns if sampling.temperature > 1 else []
     own = Played(turns=[], rewards=[]) if writer is None else played(writer)
     read = in_students_tokens(
         own.turns,
@@ -227,7 +241,7 @@ def _write(probing: Probing, writer: Player | None) -> _Written:
         respell=probing.respell,
         turn_end=frozenset() if writer is None else writer.turn_end,
     )
-    return _Written(students=students, own=own, read=read, jumbled=(jumbled(students.turns), jumbled(read)))
+    return _Written(students=students, calm=calm, own=own, read=read, jumbled=(jumbled(students.turns), jumbled(read)))
 
 
 def _judged(
@@ -240,6 +254,7 @@ def _judged(
     keep = kept(mask, students.support, sampled=probing.objective.compares_sampled)
     check_end = partial(check_ending, new=probing.new, cut=probing.new < probing.task.max_new_tokens)
     found = [
+        check_randomness(students.turns, written.calm, probing.student.sampling, pair.student),
         check_sums(students, tokens),
         check_count(students.support, tokens, pair),
         check_sense(students, students_jumbled, keep, pair),

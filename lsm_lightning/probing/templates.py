@@ -41,20 +41,26 @@ def check_template(side: str, tokenizer: PreTrainedTokenizerBase, conversations:
     return ok(check, f"It holds the question whole and ends in {_excerpt(prefix)}")
 
 
-def check_room(side: str, longest: int, new: int, limit: int | None) -> Finding:
+def check_room(side: str, longest: Sequence[int], new: int, limit: int | None) -> Finding:
     """Whether a side's context holds a prompt and the longest answer.
+
+    A later turn without room for the longest answer gets shorter ones, or its teacher leaves it out where they are too
+    long; without room for any, episodes end there, or are not taught from there on.
 
     Args:
         side: `student` or `teacher`.
-        longest: Tokens of the longest prompt at hand.
+        longest: Tokens of the longest prompt at hand, turn by turn; at least of the first.
         new: The task's max_new_tokens.
         limit: Tokens of the context; None if it has no limit, or none that is known.
     """
-    check, size = f"{side}'s context", f"A prompt of {longest} tokens and max_new_tokens={new}"
+    too_long = limit is not None and longest[0] + new > limit
+    turn = 0 if too_long else max(range(len(longest)), key=longest.__getitem__)
+    prompt, where = longest[turn], f" in turn {turn + 1}" if len(longest) > 1 else ""
+    check, size = f"{side}'s context", f"A prompt of {prompt} tokens{where} and max_new_tokens={new}"
     if limit is None:
         return unknown(check, f"{size} are to fit; no limit is known")
-    if longest + new > limit:
-        return refused(
+    if prompt + new > limit:
+        return (refused if too_long or prompt >= limit else warning)(
             check,
             f"{size} exceed the {side}'s context of {limit} tokens",
             "Lower the task's max_new_tokens, shorten its prompt, or take a model with a longer context.",

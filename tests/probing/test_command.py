@@ -110,7 +110,7 @@ def test_a_fit_says_a_line_a_task(embedded, run, alone, capsys):
     assert run(*alone("fit")) == 0
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("probe ·")]
     assert len(told) == 1
-    assert "14 ok;" in told[0]
+    assert "17 ok;" in told[0]
 
 
 def test_a_fit_that_would_be_for_nothing_does_not_start(embedded, run, alone, tmp_path, capfd):

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from scripted import EchoGames
+from scripted import EchoEpisode, EchoGames
 from tiny import save_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -22,13 +22,17 @@ from lsm_lightning.objectives.head import OutputHead
 from lsm_lightning.pretrained import EMBEDDED_FOLDER, load_model, load_tokenizer, turn_end_ids
 from lsm_lightning.probing import Probing, TaskProbe, probe_task
 from lsm_lightning.probing import probe as probe_module
-from lsm_lightning.probing.answers import Played, play
+from lsm_lightning.probing.answers import Played, openings, play
+from lsm_lightning.probing.probe import LOOKED_AHEAD
+from lsm_lightning.probing.sampling import check_randomness
+from lsm_lightning.probing.templates import longest_prompt
 from lsm_lightning.rollout import LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player
-from lsm_lightning.tasks.base import Task
+from lsm_lightning.tasks.base import Split, Task
 from lsm_lightning.tasks.math import AdditionProblems
 from lsm_lightning.teacher import LocalTeacher
-from lsm_lightning.types import Support
+from lsm_lightning.types import Completion, Message, Prompt, Support, Turn
+from tokenalign import Pair
 
 STUDENT, TEACHER = "embedded:student", "embedded:math-teacher"
 LSM = LocalSupportMatching(k=32)
@@ -80,8 +84,8 @@ def probed(
     )
     probing = {
         "name": "sums", "task": AdditionProblems() if task is None else task, "teacher": teacher,
-        "device": torch.device("cpu"), "student": player, "objective": objective, "mask": mask, "first": 0, "seed": 0,
-        "texts": 4, "tokens": 256, **settings,
+        "device": torch.device("cpu"), "student": player, "objective": objective, "mask": mask, "samples": 4,
+        "first": 0, "seed": 0, "texts": 4, "tokens": 256, **settings,
     }  # fmt: skip
     with mock.patch.object(probe_module, "play", remembered):
         return probe_task(Probing(**probing), leads=leads, broadcast=broadcast)
@@ -108,7 +112,7 @@ def asserted_refusal(probe: TaskProbe, check: str, *names: str) -> None:
 CHECKS = {
     "tokenizers", "student's template", "teacher's template", "student's context", "teacher's context", "log-probs",
     "top tokens", "student's answers", "student's turn end", "teacher's turn end", "scoring", "own answers",
-    "end of turn", "mask",
+    "end of turn", "mask", "samples", "estimate", "randomness",
 }  # fmt: skip
 
 
@@ -131,7 +135,7 @@ def test_figures_of_a_sound_pair(sound):
 
 @pytest.mark.parametrize("objective", [FullVocabulary(), SampledToken(), LocalSupportMatching(k=8, source="union")])
 def test_a_sound_pair_passes_whatever_is_compared(objective):
-    assert not probed(objective=objective).of("warning", "refused")
+    assert not probed(objective=objective, sampling=Sampling(top_p=1.0)).of("warning", "refused")
 
 
 def test_less_is_seen_of_a_teacher_that_does_not_write():
@@ -213,6 +217,128 @@ def test_a_context_that_is_too_short_is_refused(tmp_path, side, tokens):
         asserted_refusal(probe, f"{side}'s context", "max_new_tokens=64", f"context of {tokens} tokens")
     else:
         assert verdicts(probe)[f"{side}'s context"] == "ok"
+
+
+class Recounting(EchoEpisode):
+    """Each turn tells of all turns before it."""
+
+    def messages(self) -> list[Message]:
+        (asked,) = super().messages()
+        return [{"role": "user", "content": "You said a word. " * len(self.answers) + asked["content"]}]
+
+
+class LongGames(EchoGames):
+    """Of nine turns; at most so many are played."""
+
+    def __init__(self, kind: type[EchoEpisode], max_turns: int = 9) -> None:
+        super().__init__(max_new_tokens=16)
+        self.kind, self.max_turns = kind, max_turns
+        self.opened: list[EchoEpisode] = []
+
+    def episode(self, split: Split, index: int) -> EchoEpisode:
+        self.opened.append(self.kind("apple", turns=9))
+        return self.opened[-1]
+
+
+def prompt_tokens(task: LongGames, turn: int) -> int:
+    return longest_prompt(load_tokenizer(TEACHER), openings(task, [0], turn)[-1])
+
+
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_a_context_that_later_turns_outgrow_is_told_with_the_turn(tmp_path, side):
+    growing, steady = LongGames(Recounting), LongGames(EchoEpisode)
+    first, last = prompt_tokens(growing, 1), prompt_tokens(growing, LOOKED_AHEAD)
+    assert first + 16 < last
+
+    def found(task: Task, context: int) -> tuple[str, str]:
+        name = {"student": "student", "teacher": "math-teacher"}[side]
+        folder = str(copied(name, tmp_path / f"{context}-{len(list(tmp_path.iterdir()))}", of_context(context)))
+        probe = probed(student=folder, task=task) if side == "student" else probed(folder, task=task)
+        return verdicts(probe)[f"{side}'s context"], text_of(probe, f"{side}'s context")
+
+    verdict, text = found(growing, last + 15)  # one token less than the longest answer
+    assert verdict == "warning"
+    assert f"{last} tokens in turn {LOOKED_AHEAD} " in text
+    assert found(growing, last)[0] == "refused"  # no answer at all
+    assert found(growing, last + 16)[0] == "ok"
+    assert found(LongGames(Recounting, max_turns=1), last)[0] == "ok"
+    assert found(steady, last)[0] == "ok"
+    verdict, text = found(growing, first + 15)
+    assert verdict == "refused"
+    assert f"{first} tokens in turn 1 " in text
+
+
+def test_what_is_looked_ahead_at_is_closed():
+    task = LongGames(Recounting)
+    asked = openings(task, range(3), LOOKED_AHEAD)
+    assert [len(turn) for turn in asked] == [3] * LOOKED_AHEAD
+    assert [len(episode.answers) for episode in task.opened] == [LOOKED_AHEAD - 1] * 3
+    assert all(episode.closed for episode in task.opened)
+    assert len(openings(LongGames(EchoEpisode, max_turns=1), range(3), 20)) == 9  # to the end, where that is sooner
+
+
+# ---- sampling -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("temperature", "samples", "verdict"), [(0.0, 4, "warning"), (0.0, 1, "ok"), (0.7, 4, "ok"), (1.0, 4, "ok")]
+)
+def test_samples_that_are_one_text_are_warned_of(temperature, samples, verdict):
+    probe = probed(sampling=Sampling(temperature=temperature), samples=samples)
+    assert [finding.check for finding in probe.of("warning", "refused")] == (["samples"] if verdict != "ok" else [])
+    assert f"{samples} a prompt, at temperature {temperature:g}" in text_of(probe, "samples")
+
+
+@pytest.mark.parametrize(
+    ("objective", "sampling", "verdict"),
+    [
+        (SampledToken(), Sampling(top_p=1.0), "ok"),
+        (SampledToken(), Sampling(top_p=0.9), "warning"),
+        (SampledToken(), Sampling(top_p=1.0, temperature=0.7), "warning"),
+        (LSM, Sampling(top_p=0.9), "ok"),
+    ],
+)
+def test_an_estimate_from_draws_that_are_not_the_students_own_is_warned_of(objective, sampling, verdict):
+    probe = probed(objective=objective, sampling=sampling)
+    assert verdicts(probe)["estimate"] == verdict
+    assert not probe.of("refused")
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+@pytest.mark.parametrize("temperature", [1.0, 1.5])
+def test_a_temperature_that_leaves_sense_is_passed(temperature, top_p):
+    probe = probed(sampling=Sampling(temperature=temperature, top_p=top_p))
+    assert not probe.of("warning", "refused")
+
+
+@pytest.mark.parametrize("top_p", [0.9, 1.0])
+def test_answers_that_are_as_good_as_random_are_refused_before_all_that_follows_from_it(top_p):
+    probe = probed(sampling=Sampling(temperature=5.0, top_p=top_p))
+    assert probe.of("refused")[0].check == "randomness"
+    asserted_refusal(probe, "randomness", "temperature 5", "chance: -7.13", "model.sampling.temperature")
+
+
+def test_a_student_that_knows_nothing_is_not_what_a_temperature_ruins(student_folder, teacher_folder):
+    task, sampling = AdditionProblems(digits=1, max_new_tokens=8), Sampling(temperature=5.0)
+    probe = probed(str(teacher_folder), str(student_folder), task=task, mask="tags", sampling=sampling)
+    assert verdicts(probe)["randomness"] == "ok"
+    assert "at temperature 5" in text_of(probe, "randomness")
+
+
+@pytest.mark.parametrize(
+    ("wrote", "at_one", "verdict"),
+    [(-0.3, -0.1, "ok"), (-3.0, -0.1, "ok"), (-4.0, -0.1, "warning"), (-8.0, -0.1, "refused"), (-8.0, -6.0, "ok")],
+)
+def test_how_random_is_too_random(wrote, at_one, verdict):
+    def turns(value: float) -> list[Turn]:
+        completion = Completion(ids=[1, 2], log_probs=[value - 0.1, value + 0.1], truncated=True)
+        return [Turn(prompt=Prompt(messages=[], ids=[1]), completion=completion, answer="")]
+
+    vocabulary = Pair(load_tokenizer(STUDENT), load_tokenizer(TEACHER)).student
+    hot = Sampling(temperature=3.0)
+    assert check_randomness(turns(wrote), turns(at_one), hot, vocabulary).verdict == verdict
+    assert check_randomness(turns(wrote), [], Sampling(), vocabulary).verdict == "ok"
+    assert check_randomness([], [], hot, vocabulary).verdict == "unknown"
 
 
 # ---- log-probs ------------------------------------------------------------------------------------------------------
