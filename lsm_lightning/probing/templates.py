@@ -56,7 +56,8 @@ def check_room(side: str, longest: Sequence[int], new: int, limit: int | None) -
     too_long = limit is not None and longest[0] + new > limit
     turn = 0 if too_long else max(range(len(longest)), key=longest.__getitem__)
     prompt, where = longest[turn], f" in turn {turn + 1}" if len(longest) > 1 else ""
-    check, size = f"{side}'s context", f"A prompt of {prompt} tokens{where} and max_new_tokens={new}"
+    after = ", after answers of one word," if turn else ""
+    check, size = f"{side}'s context", f"A prompt of {prompt} tokens{where}{after} and max_new_tokens={new}"
     if limit is None:
         return unknown(check, f"{size} are to fit; no limit is known")
     if prompt + new > limit:

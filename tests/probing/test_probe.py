@@ -258,7 +258,7 @@ def test_a_context_that_later_turns_outgrow_is_told_with_the_turn(tmp_path, side
 
     verdict, text = found(growing, last + 15)  # one token less than the longest answer
     assert verdict == "warning"
-    assert f"{last} tokens in turn {LOOKED_AHEAD} " in text
+    assert f"{last} tokens in turn {LOOKED_AHEAD}, after" in text
     assert found(growing, last)[0] == "refused"  # no answer at all
     assert found(growing, last + 16)[0] == "ok"
     assert found(LongGames(Recounting, max_turns=1), last)[0] == "ok"
