@@ -9,7 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -28,8 +33,8 @@ class Watch(TorchDispatchMode):
     """Counts the bytes of the tensors made inside it and alive, by kind, and the FLOPs of matrix products.
 
     What runs inside `pretend` sees fake tensors: they have a shape and a type, and no memory. What depends on their
-    values gets an answer that makes the most work: every row of a boolean index counts, as many as `counts` says, and
-    a question is answered with True.
+    values gets an answer that makes the most work: every row of a boolean index counts, as many as `counts` says, a
+    question is answered with True, and what is looked for is found everywhere.
     """
 
     def __init__(self) -> None:
@@ -92,7 +97,7 @@ class Watch(TorchDispatchMode):
             return self._scalar(func, args)
         if func is aten.index.Tensor:
             args = (args[0], [self._places(index) for index in args[1]])
-        result = func(*args, **kwargs)
+        result = self._found(func, *args) if func is aten.nonzero.default else func(*args, **kwargs)
         kind = self.kind
         if func is aten._to_copy.default and args[0].untyped_storage()._cdata in self._weights:
             kind = "weights in the compute type"
@@ -108,6 +113,13 @@ class Watch(TorchDispatchMode):
         except DataDependentOutputException:
             kind = args[0].dtype
             return True if kind is torch.bool else 1.0 if kind.is_floating_point else 1
+
+    def _found(self, func: Any, condition: Tensor) -> Tensor:
+        try:
+            found: Tensor = func(condition)
+        except DynamicOutputShapeException:
+            return condition.new_empty((condition.numel(), condition.dim()), dtype=torch.long)
+        return found
 
     def _places(self, index: Tensor | None) -> Tensor | None:
         if not isinstance(index, FakeTensor) or index.dtype is not torch.bool:
