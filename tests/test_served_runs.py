@@ -177,7 +177,7 @@ def test_a_server_that_dies_in_a_step_ends_the_run_with_its_name_after_a_checkpo
         return right(batch, **options)
 
     run.module.rollout = rollout
-    with pytest.raises(ServerError, match=f"{server.url} failed at .*3 times.*go on with --ckpt_path"):
+    with pytest.raises(ServerError, match=f"{server.url} failed to .*3 times.*go on with --ckpt_path"):
         run.fit()
     assert len(run.numbers.steps) == 2
     server.restart()

@@ -58,7 +58,7 @@ def questions(number: int, new: int = 6) -> list[tuple[int, Question[Completion]
         (
             i,
             Question(
-                what=f"answer {i + 1} of {number}",
+                what=f"write answer {i + 1} of {number}",
                 path=COMPLETIONS,
                 body=protocol.writing("tiny", request, Sampling(), new, ENDS),
                 read=lambda answer, request=request: protocol.read_written(answer, request, Sampling(), new, ENDS),
@@ -103,7 +103,7 @@ def test_one_that_stays_ends_with_the_name_of_server_request_and_cause(fake, kin
     fake.faults.append(Fault(kind, times=1000))
     ask = questions(1)
     ask[0][1].body["stop_token_ids"] = []  # it writes to the limit
-    with pytest.raises(ServerError, match=rf"{fake.url} failed at answer 1 of 1 .{COMPLETIONS}. 3 times.*{told}") as e:
+    with pytest.raises(ServerError, match=rf"{fake.url} failed to write answer 1 of 1 .{COMPLETIONS}. 3 times.*{told}") as e:
         client(fake.url).ask(ask)
     assert str(e.value).endswith("Look into its log.")
     assert "\n" not in str(e.value)
@@ -124,7 +124,7 @@ def test_a_slow_answer_is_asked_for_again(fake):
 def test_what_is_refused_is_not_asked_again(fake):
     (asked,) = questions(1)
     asked[1].body["max_tokens"] = 10_000
-    with pytest.raises(ServerError, match=rf"{fake.url} refuses answer 1 of 1 .*400.*maximum context length is 256"):
+    with pytest.raises(ServerError, match=rf"{fake.url} refuses to write answer 1 of 1 .*400.*maximum context length is 256"):
         client(fake.url).ask([asked])
     assert len(fake.log) == 1
 
@@ -196,7 +196,7 @@ def test_what_is_cancelled_ends_at_once(fake):
 @pytest.mark.parametrize(("path", "explained"), [("/pause", True), (COMPLETIONS, False)])
 def test_a_path_that_only_developers_have_is_explained(fake, path, explained):
     fake.faults.append(Fault("404", path=path))
-    question = Question(what="something", path=path, body={}, read=lambda answer: answer)
+    question = Question(what="do something", path=path, body={}, read=lambda answer: answer)
     with pytest.raises(ServerError, match="404") as error:
         client(fake.url).ask_one(0, question)
     assert ("VLLM_SERVER_DEV_MODE=1" in str(error.value)) == explained

@@ -160,7 +160,7 @@ def test_every_answer_is_held_against_its_question(fake, folder, student_tokeniz
     assert fake.faults[-1].times == 0
     fake.faults.append(Fault(kind, times=2000))
     try:
-        with pytest.raises(ServerError, match=rf"{fake.url} failed at to score .*2 times"):
+        with pytest.raises(ServerError, match=rf"{fake.url} failed to score .*2 times"):
             asked(served, turns)
     finally:
         fake.faults.clear()
@@ -192,7 +192,7 @@ def test_another_model_on_the_server_is_told(student_folder, folder, student_tok
 
 
 def test_a_server_that_is_not_there_is_told_with_its_address(folder, student_tokenizer):
-    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1 failed at .*/v1/models.* not reachable"):
+    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1 failed to say what model it has ./v1/models.* not reachable"):
         ready(
             ServedTeacher(str(folder), Servers(urls=["http://127.0.0.1:1/"], attempts=2)),
             student_tokenizer,
