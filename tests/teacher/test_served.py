@@ -192,7 +192,8 @@ def test_another_model_on_the_server_is_told(student_folder, folder, student_tok
 
 
 def test_a_server_that_is_not_there_is_told_with_its_address(folder, student_tokenizer):
-    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1 failed to say what model it has ./v1/models.* not reachable"):
+    told = r"http://127\.0\.0\.1:1 failed to say what model it has ./v1/models.* not reachable"
+    with pytest.raises(ServerError, match=told):
         ready(
             ServedTeacher(str(folder), Servers(urls=["http://127.0.0.1:1/"], attempts=2)),
             student_tokenizer,
