@@ -1,6 +1,8 @@
 """A served teacher says what a local one of the same weights says."""
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,33 @@ def test_it_plays_as_a_local_one(servers, folder, student_tokenizer):
     ]
     served, local = (say(player, asks, max_new_tokens=6) for player in players)
     assert [list(turn.completion.ids) for turn in served] == [list(turn.completion.ids) for turn in local]
+
+
+def test_several_ends_of_a_turn_leave_room_for_as_many_members(fake, folder, student_tokenizer, turns, tmp_path):
+    """Together they are one member, wherever the teacher thinks of all of them at once."""
+    likely = members(asked(ready(LocalTeacher(str(folder)), student_tokenizer, respell=False), turns))
+    ends = [token for token, _ in Counter(token for found in likely for token in found).most_common(3)]
+    several = shutil.copytree(folder, tmp_path / folder.name)
+    generation = json.loads((several / "generation_config.json").read_text()) | {"eos_token_id": [2, *ends]}
+    (several / "generation_config.json").write_text(json.dumps(generation))
+    served, local = (
+        ready(teacher, student_tokenizer, respell=True)
+        for teacher in (ServedTeacher(str(several), Servers(urls=[fake.url])), LocalTeacher(str(several)))
+    )
+    theirs = asked(local, turns)
+
+    def odd_places() -> tuple[int, int]:
+        """Places with other members, and all, where the server names the ends that matter."""
+        ours = asked(served, turns)
+        told = ((ours.turn_end - theirs.turn_end).abs() < 0.1) & theirs.comparable
+        return sum(
+            members(ours)[place].keys() != members(theirs)[place].keys() for place in told.nonzero()[:, 0].tolist()
+        ), int(told.sum())
+
+    odd, all_places = odd_places()
+    assert (odd, all_places > 10) == (0, True)
+    served.asked = served.tokens  # the control: as if each end were a member
+    assert odd_places()[0] > 0
 
 
 @pytest.mark.parametrize(
