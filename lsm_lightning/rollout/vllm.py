@@ -130,7 +130,7 @@ class VLLMEngine(Engine):
         if self.servers.colocated:
             give_back_cache()
         if fresh:
-            fleet.open(self._options(model, dtype))
+            fleet.open(self._options(model, dtype), self.logs)
         earlier = [known for known in (self._first, self._probe) if known is not None]
         self._first, self._probe = self._first or probe, probe
         self._syncs += 1
@@ -186,6 +186,11 @@ class VLLMEngine(Engine):
         """See `Engine.room`; `sync` comes before."""
         assert self._fleet.model is not None, "sync() comes before room()"
         return self._fleet.model.context - prompt_tokens
+
+    @property
+    def retries(self) -> int:
+        """See `Engine.retries`."""
+        return self._fleet.retries
 
     def rest(self) -> None:
         """See `Engine.rest`; servers elsewhere go on as they are.

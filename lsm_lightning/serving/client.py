@@ -239,6 +239,7 @@ class Client:
                 await self._prove(session, url)
                 if self._outages[url] == outages:
                     return answer
+                self._trouble.retries += 1
                 continue  # it may be of a server that had just been started again
             except _AllAwayError:
                 failure = "was not reachable or broke off (away still)"

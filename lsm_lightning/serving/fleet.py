@@ -6,6 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from lsm_lightning.errors import ConfigurationError
@@ -106,16 +107,17 @@ class Fleet:
         """Find out where this process stands among the others; all call it together."""
         self.place = Place.find()
 
-    def open(self, options: Sequence[str]) -> None:
+    def open(self, options: Sequence[str], logs: Path | None = None) -> None:
         """Find the servers or start them; all processes call it together, after `find_place`.
 
         Args:
             options: Of servers that are started.
+            logs: See `launch.Server`.
 
         Raises:
             ServerError: One cannot be started or does not answer; raised by all.
         """
-        together(lambda: self._launch(options))
+        together(lambda: self._launch(options, logs))
         # Clients of OpenAI's are given the address with /v1.
         urls = [url.rstrip("/").removesuffix("/v1") for url in self.settings.urls]
         if self.settings.launch is not None:
@@ -246,13 +248,13 @@ class Fleet:
     def _starts_one(self) -> bool:
         return self.settings.colocated or (self.settings.launch is not None and self.place.is_first_here)
 
-    def _launch(self, options: Sequence[str]) -> None:
+    def _launch(self, options: Sequence[str], logs: Path | None) -> None:
         if self._starts_one:
             assert self.settings.launch is not None
             environment = DEVELOPER_MODE
             if self.settings.colocated:
                 options, environment = [*options, *SLEEP_MODE], environment | only_own_gpu()
-            self._own = Server(self.settings.launch, options, environment)
+            self._own = Server(self.settings.launch, options, environment, logs)
             weakref.finalize(self, Server.stop, self._own)
             self._own.start()
 

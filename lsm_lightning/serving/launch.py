@@ -87,10 +87,15 @@ class Server:
         launch: The user's part of the command.
         options: Ours.
         environment: Variables besides the user's.
+        logs: The folder for a file of what it says, which stays where the server fails or the run is killed; that for
+            temporary files, if None.
     """
 
-    def __init__(self, launch: Launch, options: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, launch: Launch, options: Sequence[str], environment: dict[str, str], logs: Path | None = None
+    ) -> None:
         self._launch = launch
+        self._logs = logs
         self._options = [*options]
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -109,12 +114,17 @@ class Server:
             leaving: Set by another thread when nobody waits for it any more.
 
         Raises:
-            ServerError: It ended, or was not ready in time.
+            ServerError: It ended, or was not ready in time; or what it says cannot be written down.
         """
         self.stop()
         address = ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         command = [*self._launch.command, *self._options, *address]
-        handle, log = tempfile.mkstemp(prefix="lsm-lightning-server-", suffix=".log")
+        try:
+            if self._logs is not None:
+                self._logs.mkdir(parents=True, exist_ok=True)
+            handle, log = tempfile.mkstemp(prefix="vllm-server-", suffix=".log", dir=self._logs)
+        except OSError as error:
+            raise ServerError(f"What a server says cannot be written into the run's folder: {error}.") from error
         self._log = Path(log)
         with os.fdopen(handle, "wb") as output:
             self._process = subprocess.Popen(

@@ -114,7 +114,7 @@ class ServedTeacher(ScoringTeacher):
         """Find the servers; all processes call it together."""
         if not self._fleet.is_open:
             self._fleet.find_place()
-            self._fleet.open([word for option in self._options.items() for word in option])
+            self._fleet.open([word for option in self._options.items() for word in option], self.logs)
             for said in gather(together(self._check_servers)):
                 self._said.update(said)
             assert self._fleet.model is not None
@@ -153,6 +153,11 @@ class ServedTeacher(ScoringTeacher):
             turn_end=frozenset(self.turn_end.tolist()),
             sampling=sampling,
         )
+
+    @property
+    def retries(self) -> int:
+        """See `Teacher.retries`."""
+        return self._fleet.retries
 
     def cancel(self) -> None:
         """See `Teacher.cancel`."""

@@ -15,7 +15,7 @@ from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.serving import Fleet, Launch, ServerError, Servers, protocol
 from lsm_lightning.serving import client as client_module
-from lsm_lightning.serving.client import Cancelled, Client, Patience, Question
+from lsm_lightning.serving.client import Cancelled, Client, Patience, Question, Trouble
 from lsm_lightning.serving.launch import healthy
 from lsm_lightning.types import Completion
 
@@ -206,9 +206,13 @@ def test_a_path_that_only_developers_have_is_explained(fake, path, explained):
     assert ("VLLM_SERVER_DEV_MODE=1" in str(error.value)) == explained
 
 
-def test_a_way_of_failing_is_told_once(fake, caplog):
+def test_a_way_of_failing_is_told_once_and_every_retry_counted(fake, caplog):
+    trouble = Trouble()
+    client(fake.url, trouble=trouble).ask(questions(5))
+    assert trouble.retries == 0
     fake.faults.append(Fault("500", times=3))
-    client(fake.url, attempts=9).ask(questions(5))
+    client(fake.url, attempts=9, trouble=trouble).ask(questions(5))
+    assert trouble.retries == 3
     assert (
         len([record for record in caplog.records if "is asked again: it answered with status 500" in record.message])
         == 1
