@@ -195,7 +195,7 @@ class Fleet:
         kept = self.kept
         there = [url for url in kept if self.settings.launch is not None or healthy(url)]
         if not any(gather(there)):
-            there = kept  # it is waited for them
+            there = kept  # with patience
         failed = {url: None for url in kept if url not in there} | together(lambda: self._away_at(there, work))
         everyone, away = {url for of_process in gather(kept) for url in of_process}, _merged(gather(failed))
         if away.keys() == everyone:
@@ -231,6 +231,7 @@ class Fleet:
         if self._own is not None:
             self._own.stop()
         self._own = self._client = self.model = None
+        self._lost = set()
 
     @property
     def _patience(self) -> Patience:
