@@ -211,6 +211,7 @@ class OnPolicyDistillation(LightningModule):
         self.chat_template = chat_template
         self.sampler_gap_bound = sampler_gap_bound
         self._gap_told = False
+        self._retries = 0
         self.seed = seed
         self.half_updated = False
         """While the optimiser is at work: what it leaves behind when it fails is no state to go on from."""
@@ -252,8 +253,17 @@ class OnPolicyDistillation(LightningModule):
             device = torch.device("cpu") if self._offloaded else strategy.root_device
             check_step(self.optimizer_of, self.lr_scheduler_of, device=device, max_steps=self.trainer.max_steps)
         check_model(self.student_name)
+        if stage == "fit":
+            folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a collective
+            for part in self._parts:
+                part.logs = folder
         for teacher in self.teachers.values():
             teacher.check()
+
+    @property
+    def _parts(self) -> list[Engine | Teacher]:
+        """What may ask servers."""
+        return [self.engine, *self.teachers.values()]
 
     @property
     def _offloaded(self) -> bool:
@@ -677,12 +687,22 @@ class OnPolicyDistillation(LightningModule):
         largest = self._over_processes(torch.tensor(totals.largest_sampler_gap), "max")
         metrics[f"{task}/train/sampler_gap_max"] = float(largest)
         self._watch_sampler(metrics.get(f"{task}/train/{SAMPLER_GAP}", 0.0))
+        if (retries := self._new_retries()) is not None:
+            metrics[f"{task}/train/server_retries"] = retries
         metrics["optimizer/lr"] = rate
         self.log_dict(metrics, batch_size=1, logger=False)
         # Past Lightning's logging, which would repeat the other tasks' last values at this step.
         for logger in self.loggers:
             logger.log_metrics(metrics, self.trainer.global_step)
         return metrics
+
+    def _new_retries(self) -> float | None:
+        """How often all processes have sent servers a request again since the last step; None without servers."""
+        counts = [part.retries for part in self._parts if part.retries is not None]
+        if not counts:
+            return None
+        before, self._retries = self._retries, sum(counts)
+        return float(self._total(torch.tensor(float(self._retries - before))))
 
     def _watch_sampler(self, gap: float) -> None:
         """Warn once where what wrote the rollouts was not the student as it is."""

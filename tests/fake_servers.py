@@ -14,7 +14,7 @@ from lsm_lightning.serving import fleet as fleet_module
 class InProcess:
     """See `lsm_lightning.serving.launch.Server`."""
 
-    def __init__(self, launch: Launch, options: Sequence[str], environment: Mapping[str, str]) -> None:
+    def __init__(self, launch: Launch, options: Sequence[str], environment: Mapping[str, str], *_: object) -> None:
         self.options = [*options]
         self.environment = {**environment, **launch.environment}
         self.starts = 0

@@ -50,6 +50,7 @@ class FakeServer:
         deaf: Whether new weights are accepted and not loaded.
         forgets: Whether the prefix cache is emptied when it should be.
         sleepless: Whether it is told to sleep and does not.
+        key: Demanded where vLLM demands one, on paths that begin with /v1.
     """
 
     folder: Path
@@ -59,6 +60,7 @@ class FakeServer:
     deaf: bool = False
     forgets: bool = True
     sleepless: bool = False
+    key: str | None = None
     faults: list[Fault] = field(default_factory=list)
     log: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     """Paths and bodies of what was posted."""
@@ -90,10 +92,12 @@ class FakeServer:
         self.thread.start()
 
     def stop(self) -> None:
-        """What is under way is not answered any more."""
+        """What is under way is not answered any more; nothing is computed when this returns."""
         self.lives += 1
         self.server.shutdown()
         self.server.server_close()
+        with self.lock:
+            pass
 
     def restart(self) -> None:
         """As a supervisor does it: with the weights of the beginning."""
@@ -111,6 +115,8 @@ class FakeServer:
 
     def answer(self, path: str, body: dict[str, Any]) -> Any:
         with self.lock:
+            if self.server.fileno() == -1:
+                return None  # to nobody; Python must not find a thread inside torch at its end
             self.log.append((path, body))
             path, _, query = path.partition("?")
             if path == COMPLETIONS:
@@ -220,7 +226,16 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
         def log_message(self, *_: Any) -> None:
             pass
 
+        def refused(self) -> bool:
+            known = fake.key is None or self.headers["Authorization"] == f"Bearer {fake.key}"
+            if known or not self.path.startswith("/v1"):
+                return False
+            self.send({"error": "Unauthorized"}, 401)
+            return True
+
         def do_GET(self) -> None:
+            if self.refused():
+                return
             context = fake.model.config.max_position_embeddings
             told = {
                 "/v1/models": {"data": [{"id": "tiny", "max_model_len": context, "root": str(fake.folder)}]},
@@ -231,6 +246,8 @@ def _handler(fake: FakeServer) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])) or b"{}")
+            if self.refused():
+                return
             fault = fake.fault_of(self.path.partition("?")[0])
             kind = fault.kind if fault is not None else ""
             if kind == "500":

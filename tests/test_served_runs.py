@@ -1,6 +1,7 @@
 """Runs whose rollouts and teachers come from servers: equal to local ones, and what a fault does to them."""
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,12 +23,14 @@ from lsm_lightning.datamodule import AlternatingTasks
 from lsm_lightning.module import OnPolicyDistillation
 from lsm_lightning.objectives import LocalSupportMatching
 from lsm_lightning.rollout import LocalEngine, VLLMEngine
-from lsm_lightning.serving import ServerError, Servers
+from lsm_lightning.serving import Launch, ServerError, Servers
 from lsm_lightning.serving import client as client_module
 from lsm_lightning.teacher import LocalTeacher, ServedTeacher
 
 pytestmark = LIGHTNINGS_ADVICE
 K = 8
+RETRIES = "echo/train/server_retries"
+"""Logged by runs on servers only."""
 
 
 @pytest.fixture
@@ -112,7 +115,8 @@ def assert_same_steps(ours: Run, theirs: Run, first: int = 0) -> None:
     for one, other in zip(ours.numbers.steps, theirs.numbers.steps[first:], strict=True):
         # An end of a turn that is no top token counts as impossible.
         names = one.keys() - {"echo/train/teacher_turn_end", "echo/train/sampler_gap", "echo/train/sampler_gap_max"}
-        assert one.keys() == other.keys()
+        assert one.keys() ^ other.keys() <= {RETRIES}
+        names -= {RETRIES}
         assert {name: one[name] for name in names} == pytest.approx({name: other[name] for name in names}, abs=1e-4)
 
 
@@ -160,6 +164,10 @@ def test_faults_that_pass_change_nothing(prepare, local, student_server, teacher
     run.module.rollout = rollout
     assert_same_steps(run.fit(), local)
     assert [fault.times for fault in server.faults] == [0] * len(kinds)
+    retries = [step[RETRIES] for step in run.numbers.steps]
+    assert retries[0] == retries[2] == 0
+    assert retries[1] >= len(kinds) - 1  # nobody reads the log-probs of one question
+    assert not any(RETRIES in step for step in local.numbers.steps)
 
 
 @pytest.mark.parametrize("side", ["student", "teacher"])
@@ -177,7 +185,7 @@ def test_a_server_that_dies_in_a_step_ends_the_run_with_its_name_after_a_checkpo
         return right(batch, **options)
 
     run.module.rollout = rollout
-    with pytest.raises(ServerError, match=f"{server.url} failed at .*3 times.*go on with --ckpt_path"):
+    with pytest.raises(ServerError, match=f"{server.url} failed to .*3 times.*go on with --ckpt_path"):
         run.fit()
     assert len(run.numbers.steps) == 2
     server.restart()
@@ -210,6 +218,23 @@ def test_one_that_dies_and_comes_back_holds_the_run_up_and_changes_nothing(prepa
     assert_same_steps(run, local)
 
 
+@pytest.mark.parametrize("side", ["student", "teacher"])
+def test_what_a_server_said_that_does_not_start_lies_in_the_runs_folder(
+    prepare, student_folder, teacher_folder, tmp_path, side
+):
+    broken = Servers(launch=Launch(command=[sys.executable, "-c", "raise ValueError('no such device')"]))
+    run = prepare()
+    if side == "student":
+        run.module.engine = VLLMEngine(broken)
+    else:
+        run.module.teachers["echo"] = ServedTeacher(str(teacher_folder), broken)
+    with pytest.raises(ServerError, match=r"ValueError: no such device.* Its output is in ") as error:
+        run.fit()
+    (log,) = (tmp_path / "served").glob("*.log")
+    assert str(error.value).endswith(f"{log}.")
+    assert "no such device" in log.read_text()
+
+
 @pytest.mark.vllm
 @pytest.mark.parametrize("mask", ["repair", "tags"])
 def test_a_run_on_vllm(student_tokenizer, teacher_tokenizer, tmp_path, mask):
@@ -226,4 +251,4 @@ def test_a_run_on_vllm(student_tokenizer, teacher_tokenizer, tmp_path, mask):
         print({name: round(value, 7) for name, value in step.items() if "gap" in name or name.endswith("/kl")})
         assert step["echo/train/sampler_gap"] <= step["echo/train/sampler_gap_max"] < 1e-4
         assert step["echo/train/kl"] == pytest.approx(other["echo/train/kl"], rel=0.5)  # other samples
-        assert step.keys() == other.keys()
+        assert step.keys() == other.keys() | {RETRIES}

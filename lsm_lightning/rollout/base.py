@@ -5,6 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -110,6 +111,14 @@ class _Questions(Conversations):
 
 class Engine(ABC):
     """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""
+
+    logs: Path | None = None
+    """The folder for what servers say that it starts; that for temporary files, where nobody sets one."""
+
+    @property
+    def retries(self) -> int | None:
+        """How often this process has sent a request again; None where no servers are asked."""
+        return None
 
     @abstractmethod
     def sync(self, model: PreTrainedModel) -> None:

@@ -48,8 +48,8 @@ VERSION = "/weight_info"
 """What a server says of the weights that it has."""
 HEADLESS = frozenset({"gemma2", "gemma3n", "gemma3n_text"})
 """Kinds of models to which vLLM gives no output matrix besides the embedding, so that it refuses weights for one."""
-RENEWING, FALLING_ASLEEP = "to take over new weights", "to sleep"
-"""What a server fails to do, in an error."""
+RENEWING, FALLING_ASLEEP = "take over new weights", "sleep"
+"""See `Question.what`."""
 GIB = 2**30
 
 
@@ -85,7 +85,7 @@ class VLLMEngine(Engine):
         self.folder = folder
         self.dtype: DType = dtype
         self.tolerance = tolerance
-        proof = Question(what="to tell whose weights it has", path=VERSION, read=self._prove)
+        proof = Question(what="tell whose weights it has", path=VERSION, read=self._prove)
         self._fleet = Fleet(servers, self._renewed, proof)
         self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
@@ -111,7 +111,8 @@ class VLLMEngine(Engine):
         """Have the servers take over the weights, adapters merged, sharded ones gathered; the first call finds them.
 
         Raises:
-            ServerError: A server cannot be reached, does not do its part, or answers with other weights afterwards.
+            ServerError: A server does not do its part or answers with other weights afterwards; or none can be reached,
+                at the first call one.
             TrainingDivergedError: The weights give log-probs that are not finite.
         """
         probe = _Probe.of(model)
@@ -129,11 +130,11 @@ class VLLMEngine(Engine):
         if self.servers.colocated:
             give_back_cache()
         if fresh:
-            fleet.open(self._options(model, dtype))
+            fleet.open(self._options(model, dtype), self.logs)
         earlier = [known for known in (self._first, self._probe) if known is not None]
         self._first, self._probe = self._first or probe, probe
         self._syncs += 1
-        together(lambda: self._renew_all(earlier))
+        fleet.renew(lambda url: self._renew(url, earlier))
         self._asleep = False
 
     def converse(
@@ -169,7 +170,7 @@ class VLLMEngine(Engine):
 
         def question(number: int, request: Request) -> Question[Completion]:
             return Question(
-                what=f"the answer in conversation {number + 1} of {len(server)}",
+                what=f"write the answer in conversation {number + 1} of {len(server)}",
                 path=protocol.COMPLETIONS,
                 body=protocol.writing(name, request, sampling, max_new_tokens, turn_end),
                 read=lambda answer: protocol.read_written(answer, request, sampling, max_new_tokens, turn_end),
@@ -185,6 +186,11 @@ class VLLMEngine(Engine):
         """See `Engine.room`; `sync` comes before."""
         assert self._fleet.model is not None, "sync() comes before room()"
         return self._fleet.model.context - prompt_tokens
+
+    @property
+    def retries(self) -> int:
+        """See `Engine.retries`."""
+        return self._fleet.retries
 
     def rest(self) -> None:
         """See `Engine.rest`; servers elsewhere go on as they are.
@@ -236,11 +242,6 @@ class VLLMEngine(Engine):
             "--dtype": str(dtype).removeprefix("torch."),
         }
         return [word for option in options.items() for word in option]
-
-    def _renew_all(self, earlier: "Sequence[_Probe]") -> None:
-        self._fleet.revive()
-        for url in self._fleet.kept:
-            self._renew(url, earlier)
 
     def _renewed(self, url: str) -> bool:
         """Give a server that was away the present weights again."""

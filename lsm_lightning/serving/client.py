@@ -4,13 +4,14 @@ import asyncio
 import json
 import logging
 import math
+import os
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 
@@ -27,6 +28,11 @@ SECONDS_BETWEEN_LOOKS = 0.5
 """At a server that is away."""
 TEMPORARY = frozenset({408, 425, 429})
 """Statuses below 500 after which it is worth asking again."""
+API_KEY = "VLLM_API_KEY"
+"""The environment variable, of vLLM's own name, with the key that servers demand; a setting would be written down with
+the run."""
+KEYLESS = frozenset({401, 403})
+"""Statuses of a server that demands another key, or one at all."""
 FOR_DEVELOPERS = "Only vLLM from 0.32 on, started with VLLM_SERVER_DEV_MODE=1 in its environment, knows this path."
 QUOTED = 200
 """Characters of a server's own words that an error repeats."""
@@ -40,6 +46,10 @@ class Cancelled(Exception):  # noqa: N818 - whoever cancels wants it
     """What was asked is not wanted any more."""
 
 
+class _AllAwayError(Exception):
+    """No server is there to be asked."""
+
+
 class BadAnswer(ValueError):  # noqa: N818 - it is about the answer; whoever asked decides what it means
     """An answer is not what was asked for; the text goes on after "it"."""
 
@@ -49,7 +59,7 @@ class Question(Generic[Answer]):
     """One request, and how its answer is read."""
 
     what: str
-    """For people: "answer 3 of 128"."""
+    """That the server is to do, for people: "write answer 3 of 128"."""
     path: str
     body: dict[str, Any] | None = None
     """Sent as JSON (POST); None: a GET."""
@@ -66,17 +76,31 @@ class Patience:
     concurrency: int
 
 
+@dataclass
+class Trouble:
+    """What there was with some servers, whoever asked them."""
+
+    retries: int = 0
+    """How often something was asked again."""
+    told: set[tuple[str, str]] = field(default_factory=set)
+    """Addresses and ways of failing that a warning has told."""
+
+
 class Client:
     """Servers that answer alike: a question goes to the one it is meant for, and after a failure to the next.
+
+    One that is away is passed over while another is there, but for a look whether it is back.
 
     Args:
         servers: Their addresses, such as `http://10.0.0.1:8000`.
         patience: How long and how often they are asked.
         remedy: Ends the text of an error.
+        reserves: Addresses of others, which are asked where all of `servers` are away.
         back: Asked, in a thread, before a server that was not reachable gets another question: whether it is there
             again and fit for use.
         proof: That a server is still as fit as it was; its `read` raises `BadAnswer` where it is not. No answer counts
             before that has been asked behind it, and a server that gives none is looked after as one that was away.
+        trouble: Where trouble is noted.
     """
 
     def __init__(
@@ -86,8 +110,10 @@ class Client:
         remedy: str,
         back: Callable[[str], bool] = lambda url: True,
         proof: Question[None] | None = None,
+        reserves: Sequence[str] = (),
+        trouble: Trouble | None = None,
     ) -> None:
-        self.servers = list(servers)
+        self.servers, self._reserves = [*servers], [*reserves]
         self._patience = patience
         self._remedy = remedy
         self._back = back
@@ -98,7 +124,7 @@ class Client:
         """Servers that were not reachable, and when they were last looked after."""
         self._outages: Counter[str] = Counter()
         self._locks: dict[str, asyncio.Lock] = {}
-        self._told: set[tuple[str, str]] = set()
+        self._trouble = trouble or Trouble()
         self._under_way: list[SimpleQueue[Any]] = []
         self.leaving = threading.Event()
         """Set when nothing is asked any more: then `back` has nothing to wait for."""
@@ -155,6 +181,10 @@ class Client:
         for answers in [*self._under_way]:
             answers.put(None)
 
+    def lose(self, urls: Collection[str]) -> None:
+        """Take these servers for away and all others for there, until they show otherwise."""
+        self._away = dict.fromkeys(urls, 0.0)
+
     def ask_one(self, server: int, question: Question[Answer]) -> Answer:
         """As `ask`."""
         (answer,) = self.ask([(server, question)])
@@ -171,16 +201,17 @@ class Client:
     @contextmanager
     def _network(self) -> Iterator[Callable[[int, Question[Answer]], Future[Answer]]]:
         """Gives a function that asks; a thread of its own does the waiting. What is awaited at the end is given up."""
+        headers = authorization()
         loop = asyncio.new_event_loop()
         thread = threading.Thread(target=loop.run_forever, name="questions", daemon=True)
         thread.start()
-        self._locks = {url: asyncio.Lock() for url in self.servers}
+        self._locks = {url: asyncio.Lock() for url in (*self.servers, *self._reserves)}
         bound = asyncio.Semaphore(self._patience.concurrency)
 
         def run(coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
             return asyncio.run_coroutine_threadsafe(coroutine, loop)
 
-        session = run(_session()).result()
+        session = run(_session(headers)).result()
         self.leaving.clear()
         try:
             yield lambda server, question: run(self._patiently(session, bound, server, question))
@@ -198,17 +229,20 @@ class Client:
         while attempt < self._patience.attempts:
             if attempt:
                 await asyncio.sleep(min(FIRST_PAUSE * 2 ** (attempt - 1), LONGEST_PAUSE))
-            url = self.servers[(server + attempt) % len(self.servers)]
-            outages = self._outages[url]
+            order = self._order(server, attempt)
+            url = order[0]
             try:
-                if url in self._away:
-                    await self._look_after(url)
+                url = await self._first_there(order)
+                outages = self._outages[url]
                 async with bound:
                     answer = await self._once(session, url, question)
                 await self._prove(session, url)
                 if self._outages[url] == outages:
                     return answer
+                self._trouble.retries += 1
                 continue  # it may be of a server that had just been started again
+            except _AllAwayError:
+                failure = "was not reachable or broke off (away still)"
             except TimeoutError:
                 failure = f"gave no answer within {self._patience.timeout:g} s"
             except (aiohttp.ClientError, OSError) as error:
@@ -220,19 +254,20 @@ class Client:
                 failure = str(error)
             attempt += 1
             if attempt < self._patience.attempts:
+                self._trouble.retries += 1
                 self._tell(url, question.what, failure)
         spent = time.monotonic() - started
         raise ServerError(
-            f"The server {url} failed at {question.what} ({question.path}) {self._patience.attempts} times in "
+            f"The server {url} failed to {question.what} ({question.path}) {self._patience.attempts} times in "
             f"{spent:.0f} s: it {failure}. {self._remedy}"
         )
 
     def _tell(self, url: str, what: str, failure: str) -> None:
         """Say, once for each way of failing, that a server does; what fails all the time only slows a run down."""
         how = failure.partition("(")[0]
-        if (url, how) not in self._told:
-            self._told.add((url, how))
-            logger.warning(f"The server {url} failed at {what} and is asked again: it {failure}. Said once.")
+        if (url, how) not in self._trouble.told:
+            self._trouble.told.add((url, how))
+            logger.warning(f"The server {url} failed to {what} and is asked again: it {failure}. Said once.")
 
     async def _once(self, session: aiohttp.ClientSession, url: str, question: Question[Answer]) -> Answer:
         method = "GET" if question.body is None else "POST"
@@ -243,8 +278,10 @@ class Client:
             raise BadAnswer(f"answered with status {response.status} ({_quote(text)})")
         if response.status >= 400:
             hint = "" if response.status != 404 or question.path.startswith("/v1/") else f" {FOR_DEVELOPERS}"
+            if response.status in KEYLESS:
+                hint = f" Set the environment variable {API_KEY} of this run to the server's key."
             raise ServerError(
-                f"The server {url} refuses {question.what} ({question.path}) with status {response.status}: "
+                f"The server {url} refuses to {question.what} ({question.path}) with status {response.status}: "
                 f"{_quote(text)}.{hint}"
             )
         answer = json.loads(text) if text else None
@@ -281,25 +318,61 @@ class Client:
         self._outages[url] += url not in self._away
         self._away.setdefault(url, 0.0)
 
-    async def _look_after(self, url: str) -> None:
-        """Before a server that was away is asked again; of many questions that an outage hits, one sees to it.
+    def _order(self, server: int, attempt: int) -> list[str]:
+        """In which servers are asked a question meant for one of them."""
+        own, others = server % len(self.servers), server % max(1, len(self._reserves))
+        order = self.servers[own:] + self.servers[:own] + self._reserves[others:] + self._reserves[:others]
+        first = attempt % len(order)
+        return order[first:] + order[:first]
+
+    async def _first_there(self, order: Sequence[str]) -> str:
+        """The first of some servers that is not away, or not any more.
 
         Raises:
-            ConnectionError: It is away still.
+            _AllAwayError: There is none.
         """
+        for url in order:
+            if url not in self._away or await self._is_back(url, wait=self._away.keys() >= {*order}):
+                return url
+        raise _AllAwayError
+
+    async def _is_back(self, url: str, *, wait: bool) -> bool:
+        """Whether a server that was away is there again; of many questions that an outage hits, one sees to it.
+
+        Args:
+            url: Its address.
+            wait: Until somebody else's look at it is over; else it counts as away meanwhile.
+        """
+        if self._locks[url].locked() and not wait:
+            return False
         async with self._locks[url]:
             if url not in self._away:
-                return
+                return True
             recently = time.monotonic() - self._away[url] < SECONDS_BETWEEN_LOOKS
             if recently or not await asyncio.to_thread(self._back, url):
                 self._away[url] = time.monotonic()
-                raise ConnectionError("away still")
+                return False
             del self._away[url]
+            return True
 
 
-async def _session() -> aiohttp.ClientSession:
+def authorization() -> dict[str, str]:
+    """The header that shows a server the key it demands; none where the environment has no key.
+
+    Raises:
+        ConfigurationError: The key cannot be part of a header.
+    """
+    key = os.environ.get(API_KEY)
+    if not key:
+        return {}
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigurationError(f"{API_KEY} has a line break or another character that no HTTP header may have.")
+    return {"Authorization": f"Bearer {key}"}
+
+
+async def _session(headers: Mapping[str, str]) -> aiohttp.ClientSession:
     # The semaphore bounds connections; a limit of the connector's own would count waiting as time spent.
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    return aiohttp.ClientSession(headers=headers, connector=aiohttp.TCPConnector(limit=0))
 
 
 async def _end(session: aiohttp.ClientSession) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import http.client
 import os
 import re
 import socket
@@ -17,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lsm_lightning.errors import ConfigurationError
-from lsm_lightning.serving.client import QUOTED, ServerError
+from lsm_lightning.serving.client import API_KEY, KEYLESS, QUOTED, ServerError, authorization
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_STOP = 20.0
 MEMORY_SHARE = 0.92
 """Of a GPU's memory that vLLM 0.32 takes where `--gpu-memory-utilization` says nothing else."""
+KEY_OPTIONS = frozenset({"--api-key", "--api_key"})
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 ERROR = re.compile(r"Error: (?!Engine core initialization failed)|^  Value error, ")
 """In a line of a server's output. vLLM ends with the words left out here, whatever its engine has met; and pydantic, by
@@ -50,6 +52,11 @@ class Launch:
     colocated: bool = False
 
     def __post_init__(self) -> None:
+        if API_KEY in self.environment or any(word.partition("=")[0] in KEY_OPTIONS for word in self.command):
+            raise ConfigurationError(
+                f"servers.launch has a key ({API_KEY} or --api-key), which would be written down with the run's "
+                f"settings: set the environment variable {API_KEY} of the run instead, its servers inherit it."
+            )
         if self.colocated and VISIBLE_GPUS in self.environment:
             raise ConfigurationError(
                 f"servers.launch(colocated=True), and its environment has {VISIBLE_GPUS}="
@@ -80,10 +87,15 @@ class Server:
         launch: The user's part of the command.
         options: Ours.
         environment: Variables besides the user's.
+        logs: The folder for a file of what it says, which stays where the server fails or the run is killed; that for
+            temporary files, if None.
     """
 
-    def __init__(self, launch: Launch, options: Sequence[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self, launch: Launch, options: Sequence[str], environment: dict[str, str], logs: Path | None = None
+    ) -> None:
         self._launch = launch
+        self._logs = logs
         self._options = [*options]
         self._environment = environment
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,12 +114,17 @@ class Server:
             leaving: Set by another thread when nobody waits for it any more.
 
         Raises:
-            ServerError: It ended, or was not ready in time.
+            ServerError: It ended, or was not ready in time; or what it says cannot be written down.
         """
         self.stop()
         address = ["--host", "127.0.0.1", "--port", self.url.rpartition(":")[2]]
         command = [*self._launch.command, *self._options, *address]
-        handle, log = tempfile.mkstemp(prefix="lsm-lightning-server-", suffix=".log")
+        try:
+            if self._logs is not None:
+                self._logs.mkdir(parents=True, exist_ok=True)
+            handle, log = tempfile.mkstemp(prefix="vllm-server-", suffix=".log", dir=self._logs)
+        except OSError as error:
+            raise ServerError(f"What a server says cannot be written into the run's folder: {error}.") from error
         self._log = Path(log)
         with os.fdopen(handle, "wb") as output:
             self._process = subprocess.Popen(
@@ -157,12 +174,18 @@ class Server:
 
 
 def healthy(url: str) -> bool:
-    """Whether a server answers at all."""
+    """Whether a server answers at all, be it that it demands another key."""
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy knows this machine's servers
+    request = urllib.request.Request(f"{url}/health")
+    for name, value in authorization().items():
+        request.add_unredirected_header(name, value)
     try:
-        with direct.open(f"{url}/health", timeout=5) as response:
+        with direct.open(request, timeout=5) as response:
             return bool(response.status == 200)
-    except (urllib.error.URLError, OSError):
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code in KEYLESS
+    except (OSError, http.client.HTTPException):
         return False
 
 

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -29,6 +30,14 @@ class Teacher(ABC):
 
     elsewhere: bool = False
     """Whether its model runs on other machines, so that it may score in a thread while the student writes."""
+
+    logs: Path | None = None
+    """The folder for what servers say that it starts; that for temporary files, where nobody sets one."""
+
+    @property
+    def retries(self) -> int | None:
+        """How often this process has sent a request again; None where no servers are asked."""
+        return None
 
     @abstractmethod
     def check(self) -> None:

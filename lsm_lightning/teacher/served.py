@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from lsm_lightning.batching import sampled_ids
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.pretrained import DType, load_skeleton, load_tokenizer, locate, turn_end_ids
-from lsm_lightning.processes import together
+from lsm_lightning.processes import gather, together
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
 from lsm_lightning.rollout.vllm import VLLMEngine
@@ -114,8 +114,9 @@ class ServedTeacher(ScoringTeacher):
         """Find the servers; all processes call it together."""
         if not self._fleet.is_open:
             self._fleet.find_place()
-            self._fleet.open([word for option in self._options.items() for word in option])
-            together(self._check_servers)
+            self._fleet.open([word for option in self._options.items() for word in option], self.logs)
+            for said in gather(together(self._check_servers)):
+                self._said.update(said)
             assert self._fleet.model is not None
             self.context = self._fleet.model.context - 1  # a server writes a token besides
 
@@ -153,6 +154,11 @@ class ServedTeacher(ScoringTeacher):
             sampling=sampling,
         )
 
+    @property
+    def retries(self) -> int:
+        """See `Teacher.retries`."""
+        return self._fleet.retries
+
     def cancel(self) -> None:
         """See `Teacher.cancel`."""
         self._fleet.cancel()
@@ -172,20 +178,23 @@ class ServedTeacher(ScoringTeacher):
 
         assert self._fleet.model is not None
         return Question(
-            what=f"to score answer {number + 1} of {of}",
+            what=f"score answer {number + 1} of {of}",
             path=protocol.COMPLETIONS,
             body=protocol.scoring(self._fleet.model.name, ids, self.asked),
             read=read,
         )
 
-    def _check_servers(self) -> None:
+    def _check_servers(self) -> dict[str, Scores]:
+        """What this process's servers make of a text."""
+        said: dict[str, Scores] = {}
         for url in self._fleet.urls:
-            self._said[url] = self._check(url)
+            said[url] = self._check(url)
             if (root := self._fleet.root_of[url]) is not None and Path(root).name != Path(locate(self.path)).name:
                 logger.warning(
                     f"The server {url} has the model '{root}', and the teacher's path is '{self.path}': make sure that "
                     "they are the same."
                 )
+        return said
 
     def _check(self, url: str) -> Scores:
         """Ask for a score, and whether a text is read as the same tokens."""
@@ -193,7 +202,7 @@ class ServedTeacher(ScoringTeacher):
         own: list[int] = self.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
         body = protocol.scoring(self._fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
         question = Question(
-            what=f"to score a text with the {self.asked} most probable tokens",
+            what=f"score a text with the {self.asked} most probable tokens",
             path=protocol.COMPLETIONS,
             body=body,
             read=lambda answer: list(map(int, answer["choices"][0]["prompt_token_ids"])),

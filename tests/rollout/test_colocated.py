@@ -195,7 +195,7 @@ def test_one_that_cannot_be_reached_is_told(engine, own, model):
     (server,) = own
     engine.sync(model)
     server.fake.faults.append(Fault("500", times=99, path="/sleep"))
-    with pytest.raises(ServerError, match=rf"{server.url} failed at to sleep .*out of memory"):
+    with pytest.raises(ServerError, match=rf"{server.url} failed to sleep .*out of memory"):
         engine.rest()
 
 

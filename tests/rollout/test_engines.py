@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from fake_vllm import FakeServer, serving
+from fake_vllm import COMPLETIONS, FakeServer, Fault, serving
 from slow import response_logits
 from talks import Talks
 from tiny import random_ids, save_tiny
@@ -22,8 +22,9 @@ from lsm_lightning.pretrained import load_model
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout import vllm as vllm_module
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.rollout.vllm import _Probe
+from lsm_lightning.rollout.vllm import PROBES, _Probe
 from lsm_lightning.serving import Launch, ServerError, Servers
+from lsm_lightning.serving import client as client_module
 from lsm_lightning.types import Completion
 
 GREEDY = Sampling(temperature=0.0)
@@ -358,6 +359,82 @@ def test_equal_prompts_share_a_server_and_others_are_dealt_out(folder, model):
         assert not asked[0] & asked[1]
         assert [len(prompts) for prompts in asked] == [3, 3]
         engine.close()
+
+
+@pytest.fixture
+def two(folder, monkeypatch) -> Iterator[tuple[VLLMEngine, FakeServer, FakeServer]]:
+    """Both of its servers answer."""
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(client_module, "SECONDS_BETWEEN_LOOKS", 0.0)
+    with serving(folder) as one, serving(folder) as other:
+        engine = VLLMEngine(Servers(urls=[one.url, other.url], attempts=2, timeout=20))
+        yield engine, one, other
+        engine.close()
+
+
+@pytest.mark.parametrize("back", ["during rollouts", "at a sync", "twice"])
+def test_a_server_that_is_away_at_a_sync_is_left_out_until_it_is_back(two, model, caplog, back):
+    engine, _, other = two
+    engine.sync(model)
+    write(engine, requests_of())
+    other.stop()
+    asked, local = len(other.log), LocalEngine()
+    for by in (0.03, 0.02):
+        changed(model, by)
+        engine.sync(model)
+        local.sync(model)
+        assert ids_of(write(engine, requests_of())) == ids_of(write(local, requests_of()))
+    assert len(other.log) == asked
+    (told,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert f"{other.url} is away. The others (1 of 2)" in told
+    other.restart()
+    if back == "at a sync":
+        engine.sync(model)
+    if back == "twice":
+        other.faults.append(Fault("dies", path="/collective_rpc"))
+        assert ids_of(write(engine, requests_of())) == ids_of(write(local, requests_of()))
+        assert COMPLETIONS not in [path for path, _ in other.log[asked:]]
+        other.restart()
+    assert ids_of(write(engine, requests_of())) == ids_of(write(local, requests_of()))
+    since = [path for path, _ in other.log[asked:]]
+    assert since.index("/collective_rpc") < since.index("/resume") < since.index(COMPLETIONS)
+    new = torch.cat([p.flatten() for p in other.model.parameters()])
+    assert_close(new, torch.cat([p.flatten() for p in model.parameters()]), rtol=0, atol=0)
+    assert len([path for path in since if path == COMPLETIONS]) > PROBES
+
+
+def test_where_all_are_away_the_run_ends(two, model):
+    engine, one, other = two
+    engine.sync(model)
+    one.stop()
+    other.stop()
+    with pytest.raises(ServerError, match=f"({one.url}|{other.url}) failed to take over new weights .* 2 times"):
+        engine.sync(model)
+
+
+def test_one_that_is_there_with_other_weights_ends_the_run_though_another_is_right(two, model):
+    engine, _, other = two
+    engine.sync(model)
+    other.deaf = True
+    changed(model)
+    with pytest.raises(ServerError, match=f"{other.url} was told to load"):
+        engine.sync(model)
+    other.deaf = False
+    engine.sync(model)
+    other.stop()
+    changed(model)
+    engine.sync(model)
+    other.deaf = True
+    other.restart()
+    with pytest.raises(ServerError, match=f"{other.url} was told to load"):
+        write(engine, requests_of())
+
+
+def test_all_have_to_be_there_at_first(two, model):
+    engine, _, other = two
+    other.stop()
+    with pytest.raises(ServerError, match=f"{other.url} failed to say what model it has"):
+        engine.sync(model)
 
 
 def test_servers_of_different_lengths_are_refused(folder, student_tokenizer, model, tmp_path):

@@ -3,6 +3,7 @@
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from tiny import random_ids, save_tiny
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.rollout import Sampling
 from lsm_lightning.rollout.base import Request
-from lsm_lightning.serving import Fleet, ServerError, Servers, protocol
+from lsm_lightning.serving import Fleet, Launch, ServerError, Servers, protocol
 from lsm_lightning.serving import client as client_module
-from lsm_lightning.serving.client import Cancelled, Client, Patience, Question
+from lsm_lightning.serving.client import Cancelled, Client, Patience, Question, Trouble
+from lsm_lightning.serving.launch import healthy
 from lsm_lightning.types import Completion
 
 ENDS = frozenset(range(0, 340, 9))
@@ -58,7 +60,7 @@ def questions(number: int, new: int = 6) -> list[tuple[int, Question[Completion]
         (
             i,
             Question(
-                what=f"answer {i + 1} of {number}",
+                what=f"write answer {i + 1} of {number}",
                 path=COMPLETIONS,
                 body=protocol.writing("tiny", request, Sampling(), new, ENDS),
                 read=lambda answer, request=request: protocol.read_written(answer, request, Sampling(), new, ENDS),
@@ -103,7 +105,8 @@ def test_one_that_stays_ends_with_the_name_of_server_request_and_cause(fake, kin
     fake.faults.append(Fault(kind, times=1000))
     ask = questions(1)
     ask[0][1].body["stop_token_ids"] = []  # it writes to the limit
-    with pytest.raises(ServerError, match=rf"{fake.url} failed at answer 1 of 1 .{COMPLETIONS}. 3 times.*{told}") as e:
+    failed = rf"{fake.url} failed to write answer 1 of 1 .{COMPLETIONS}. 3 times.*{told}"
+    with pytest.raises(ServerError, match=failed) as e:
         client(fake.url).ask(ask)
     assert str(e.value).endswith("Look into its log.")
     assert "\n" not in str(e.value)
@@ -124,7 +127,8 @@ def test_a_slow_answer_is_asked_for_again(fake):
 def test_what_is_refused_is_not_asked_again(fake):
     (asked,) = questions(1)
     asked[1].body["max_tokens"] = 10_000
-    with pytest.raises(ServerError, match=rf"{fake.url} refuses answer 1 of 1 .*400.*maximum context length is 256"):
+    refused = rf"{fake.url} refuses to write answer 1 of 1 .*400.*maximum context length is 256"
+    with pytest.raises(ServerError, match=refused):
         client(fake.url).ask([asked])
     assert len(fake.log) == 1
 
@@ -196,15 +200,19 @@ def test_what_is_cancelled_ends_at_once(fake):
 @pytest.mark.parametrize(("path", "explained"), [("/pause", True), (COMPLETIONS, False)])
 def test_a_path_that_only_developers_have_is_explained(fake, path, explained):
     fake.faults.append(Fault("404", path=path))
-    question = Question(what="something", path=path, body={}, read=lambda answer: answer)
+    question = Question(what="do something", path=path, body={}, read=lambda answer: answer)
     with pytest.raises(ServerError, match="404") as error:
         client(fake.url).ask_one(0, question)
     assert ("VLLM_SERVER_DEV_MODE=1" in str(error.value)) == explained
 
 
-def test_a_way_of_failing_is_told_once(fake, caplog):
+def test_a_way_of_failing_is_told_once_and_every_retry_counted(fake, caplog):
+    trouble = Trouble()
+    client(fake.url, trouble=trouble).ask(questions(5))
+    assert trouble.retries == 0
     fake.faults.append(Fault("500", times=3))
-    client(fake.url, attempts=9).ask(questions(5))
+    client(fake.url, attempts=9, trouble=trouble).ask(questions(5))
+    assert trouble.retries == 3
     assert (
         len([record for record in caplog.records if "is asked again: it answered with status 500" in record.message])
         == 1
@@ -221,3 +229,124 @@ def test_an_address_may_be_that_of_the_api(fake, suffix):
 def test_an_address_without_a_protocol_is_refused():
     with pytest.raises(ConfigurationError, match=r"10\.0\.0\.1:8000.*http://"):
         Servers(urls=["10.0.0.1:8000"])
+
+
+# ---- one of several that is away ------------------------------------------------------------------------------------
+
+
+def test_while_one_is_away_nobody_waits_for_it(fake, monkeypatch):
+    """Not even for the pause after a failure, nor while somebody looks after it; and it costs no attempt."""
+    monkeypatch.setattr(client_module, "FIRST_PAUSE", 60.0)
+    looked = threading.Event()
+
+    def back(url: str) -> bool:
+        looked.set()
+        time.sleep(2.0)
+        return False
+
+    asking = client("http://127.0.0.1:1", fake.url, attempts=1, back=back)
+    asking.lose(["http://127.0.0.1:1"])
+    undisturbed = client(fake.url).ask(questions(6))
+    started = time.monotonic()
+    assert asking.ask(questions(6)) == undisturbed
+    assert looked.is_set()
+    assert time.monotonic() - started < 20
+
+
+def test_one_that_is_back_is_asked_again_and_only_then(fake, folder):
+    with serving(folder) as other:
+        there = threading.Event()
+        asking = client(fake.url, other.url, back=lambda url: there.is_set())
+        asking.lose([other.url])
+        asking.ask(questions(6))
+        assert not other.log
+        there.set()
+        asking.ask(questions(6))
+        assert other.log
+
+
+def test_reserves_are_asked_only_where_all_others_are_away(fake, folder):
+    with serving(folder) as reserve:
+        asking = client(fake.url, reserves=[reserve.url], back=lambda url: False)
+        undisturbed = asking.ask(questions(6))
+        assert not reserve.log
+        asking.lose([fake.url])
+        asked = len(fake.log)
+        assert asking.ask(questions(6)) == undisturbed
+        assert len(fake.log) == asked
+        asking.lose([fake.url, reserve.url])
+        with pytest.raises(ServerError, match=r"not reachable .*away still"):
+            asking.ask(questions(6))
+
+
+# ---- keys -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def locked(folder) -> Iterator[FakeServer]:
+    with serving(folder, key="open sesame") as server:
+        yield server
+
+
+def test_a_server_that_demands_a_key_is_shown_it(locked, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "open sesame")
+    assert len(client(locked.url).ask(questions(2))) == 2
+    fleet = Fleet(Servers(urls=[locked.url]))
+    fleet.open([])
+    assert fleet.model is not None
+
+
+@pytest.mark.parametrize("key", [None, "", "another"])
+def test_a_wrong_key_is_told_at_once_and_not_by_its_name(locked, monkeypatch, caplog, key):
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    if key is not None:
+        monkeypatch.setenv("VLLM_API_KEY", key)
+    with pytest.raises(ServerError, match=f"{locked.url} refuses to write .*status 401.*VLLM_API_KEY") as error:
+        client(locked.url, attempts=9).ask(questions(1))
+    assert not key or key not in str(error.value) + caplog.text
+    assert "again" not in caplog.text
+
+
+def test_a_key_that_no_header_may_have_is_refused(fake, monkeypatch):
+    monkeypatch.setenv("VLLM_API_KEY", "open\nsesame")
+    with pytest.raises(ConfigurationError, match="VLLM_API_KEY has a line break") as error:
+        client(fake.url).ask(questions(1))
+    assert "sesame" not in str(error.value)
+
+
+@pytest.mark.parametrize("status", [200, 401, 503])
+def test_a_server_that_demands_a_key_for_everything_is_there_all_the_same(monkeypatch, status):
+    """As behind a gateway; one that answers that it has failed is not."""
+    shown: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            shown.append(self.headers["Authorization"])
+            self.send_response(status)
+            self.end_headers()
+
+    monkeypatch.setenv("VLLM_API_KEY", "open sesame")
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        assert healthy(f"http://127.0.0.1:{server.server_address[1]}") == (status != 503)
+        thread.join()
+    assert shown == ["Bearer open sesame"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"command": ["vllm", "--api-key", "sesame"]},
+        {"command": ["vllm", "--api-key=sesame"]},
+        {"command": ["vllm"], "environment": {"VLLM_API_KEY": "sesame"}},
+    ],
+    ids=str,
+)
+def test_a_key_is_no_setting(settings):
+    with pytest.raises(ConfigurationError, match="VLLM_API_KEY of the run instead") as error:
+        Launch(**settings)
+    assert "sesame" not in str(error.value)

@@ -1,18 +1,19 @@
 """Two processes with a sharded student, which share servers out and renew each of them once."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fake_servers import InProcess
-from fake_vllm import serving
+from fake_vllm import FakeServer, serving
 from tiny import random_ids, save_tiny
 from torch import distributed, multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 
 from lsm_lightning.pretrained import load_model, load_skeleton
-from lsm_lightning.processes import share
+from lsm_lightning.processes import gather, share
 from lsm_lightning.rollout import LocalEngine, Sampling, VLLMEngine
 from lsm_lightning.rollout.base import Request
 from lsm_lightning.serving import Launch, ServerError, Servers
@@ -135,6 +136,64 @@ def test_each_process_has_a_server_beside_it_which_sleeps_between_steps(tmp_path
     assert found[0]["urls"] != found[1]["urls"]
     assert found[0]["folder"] == found[1]["folder"]
     assert [of_process["starts"] for of_process in found] == [1, 2]
+
+
+def with_one_away(rank: int, folder: Path, model: str) -> None:
+    """A server for each process; that of the second goes, comes back, and then both go."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    student, found, told = load_model(model, "float32"), {}, []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("lsm_lightning").addHandler(handler)
+    fakes = [FakeServer(Path(model)) for _ in range(2)] if rank == 0 else []
+    urls = gather([fake.url for fake in fakes])[0]
+    engine = VLLMEngine(Servers(urls=urls, attempts=2))
+
+    def step(name: str, by: float) -> None:
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(by)
+        engine.sync(student)
+        found[name] = written(engine)
+        gather(None)
+        found[f"asked, {name}"] = [len(fake.log) for fake in fakes]
+
+    step("all are there", 1.0)
+    if fakes:
+        fakes[1].stop()
+    step("one is away", 1.05)
+    if fakes:
+        fakes[1].restart()
+    step("it is back", 1.0)
+    if fakes:
+        fakes[0].stop()
+        fakes[1].stop()
+    try:
+        engine.sync(student)
+    except ServerError as error:
+        found["all are away"], found["agreed"] = str(error), error.agreed
+    engine.close()
+    torch.save(found | {"told": told, "urls": urls}, folder / f"found-{rank}")
+    distributed.destroy_process_group()
+
+
+def test_while_the_server_of_one_process_is_away_it_asks_the_others(tmp_path, student_tokenizer):
+    folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
+    multiprocessing.spawn(with_one_away, (tmp_path, str(folder)), nprocs=2)
+    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    before, after = written_locally(folder)
+    _, second = found[0]["urls"]
+    for of_process in found:
+        assert of_process["all are there"] == before
+        assert of_process["one is away"] == of_process["it is back"] == after
+        assert "failed to take over new weights" in of_process["all are away"]
+        assert of_process["agreed"]
+    (told,) = [text for of_process in found for text in of_process["told"] if "is away" in text]
+    assert told == f"The server {second} is away. The others (1 of 2) answer in its place until it is back."
+    asked = [found[0][f"asked, {name}"] for name in ("all are there", "one is away", "it is back")]
+    assert asked[0][1] == asked[1][1] < asked[2][1]
+    assert asked[1][0] - asked[0][0] > asked[2][0] - asked[1][0]  # it has answered for both
 
 
 @pytest.mark.parametrize(("servers", "processes"), [(1, 1), (1, 4), (2, 4), (3, 2), (4, 2), (5, 8)])

@@ -1,6 +1,8 @@
 """A served teacher says what a local one of the same weights says."""
 
+import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,33 @@ def test_it_plays_as_a_local_one(servers, folder, student_tokenizer):
     assert [list(turn.completion.ids) for turn in served] == [list(turn.completion.ids) for turn in local]
 
 
+def test_several_ends_of_a_turn_leave_room_for_as_many_members(fake, folder, student_tokenizer, turns, tmp_path):
+    """Together they are one member, wherever the teacher thinks of all of them at once."""
+    likely = members(asked(ready(LocalTeacher(str(folder)), student_tokenizer, respell=False), turns))
+    ends = [token for token, _ in Counter(token for found in likely for token in found).most_common(3)]
+    several = shutil.copytree(folder, tmp_path / folder.name)
+    generation = json.loads((several / "generation_config.json").read_text()) | {"eos_token_id": [2, *ends]}
+    (several / "generation_config.json").write_text(json.dumps(generation))
+    served, local = (
+        ready(teacher, student_tokenizer, respell=True)
+        for teacher in (ServedTeacher(str(several), Servers(urls=[fake.url])), LocalTeacher(str(several)))
+    )
+    theirs = asked(local, turns)
+
+    def odd_places() -> tuple[int, int]:
+        """Places with other members, and all, where the server names the ends that matter."""
+        ours = asked(served, turns)
+        told = ((ours.turn_end - theirs.turn_end).abs() < 0.1) & theirs.comparable
+        return sum(
+            members(ours)[place].keys() != members(theirs)[place].keys() for place in told.nonzero()[:, 0].tolist()
+        ), int(told.sum())
+
+    odd, all_places = odd_places()
+    assert (odd, all_places > 10) == (0, True)
+    served.asked = served.tokens  # the control: as if each end were a member
+    assert odd_places()[0] > 0
+
+
 @pytest.mark.parametrize(
     "kind", ["500", "hangs up", "truncated JSON", "a log-prob too few", "a place too poor", "not finite",
              "fields ignored", "another prompt"]
@@ -160,7 +189,7 @@ def test_every_answer_is_held_against_its_question(fake, folder, student_tokeniz
     assert fake.faults[-1].times == 0
     fake.faults.append(Fault(kind, times=2000))
     try:
-        with pytest.raises(ServerError, match=rf"{fake.url} failed at to score .*2 times"):
+        with pytest.raises(ServerError, match=rf"{fake.url} failed to score .*2 times"):
             asked(served, turns)
     finally:
         fake.faults.clear()
@@ -192,7 +221,8 @@ def test_another_model_on_the_server_is_told(student_folder, folder, student_tok
 
 
 def test_a_server_that_is_not_there_is_told_with_its_address(folder, student_tokenizer):
-    with pytest.raises(ServerError, match=r"http://127\.0\.0\.1:1 failed at .*/v1/models.* not reachable"):
+    told = r"http://127\.0\.0\.1:1 failed to say what model it has ./v1/models.* not reachable"
+    with pytest.raises(ServerError, match=told):
         ready(
             ServedTeacher(str(folder), Servers(urls=["http://127.0.0.1:1/"], attempts=2)),
             student_tokenizer,
