@@ -32,10 +32,12 @@ class Reading:
 
     def position_in(self, group: Sequence[int]) -> Int[Tensor, " n"]:
         """`position` of some turns end to end, counted over all of the group's responses."""
-        starts = [places.start for places in spans([len(self.responses[i]) for i in group])]
-        parts = [(self.position[i], start) for i, start in zip(group, starts, strict=True)]
-        moved = [torch.where(position < 0, -1, position + start) for position, start in parts]
-        return torch.cat(moved) if moved else torch.zeros(0, dtype=torch.long)
+        if not group:
+            return torch.zeros(0, dtype=torch.long)
+        starts = torch.tensor([places.start for places in spans([len(self.responses[i]) for i in group])])
+        position = torch.cat([self.position[i] for i in group])
+        lengths = torch.tensor([len(self.position[i]) for i in group])
+        return torch.where(position < 0, -1, position + starts.repeat_interleave(lengths))
 
 
 def as_it_stands(turns: Sequence[Turn], rows: int) -> Reading:
@@ -51,7 +53,8 @@ def respelled(turns: Sequence[Turn], pair: Pair) -> Reading:
     spelled = pair.to_teacher(*padded_responses(turns))
     position = []
     for turn, alignment in zip(turns, spelled.alignments, strict=True):
-        starts = np.full(len(turn.completion.ids), -1)
-        starts[alignment.starts[:, 0]] = alignment.starts[:, 1]
-        position.append(torch.from_numpy(starts))
+        students, teachers = alignment.starts.T
+        of_tokens = np.full(len(turn.completion.ids), -1)
+        of_tokens[students] = teachers
+        position.append(torch.from_numpy(of_tokens))
     return Reading(responses=[row.tolist() for row in spelled.ids], position=position)
