@@ -60,8 +60,8 @@ def _from_nucleus(
     top, ids = log_probs.topk(first, -1)
     probs = top.exp()
     sums = probs.cumsum(-1)
-    last = (sums - probs < top_p).sum(-1, keepdim=True).clamp(min=1) - 1  # of the nucleus
-    drawn = uniform[:, None].clamp(max=BELOW_1) * sums.gather(-1, last)
+    nucleus = torch.where(sums - probs < top_p, sums, 0).amax(-1, keepdim=True)
+    drawn = uniform[:, None].clamp(max=BELOW_1) * nucleus
     tokens = ids.gather(-1, (sums <= drawn).sum(-1, keepdim=True))[:, 0]
     beyond = (sums[:, -1] < top_p).nonzero()[:, 0]
     if first < log_probs.shape[-1] and len(beyond):
