@@ -21,8 +21,9 @@ from slow import (
     turn_of,
 )
 from tiny import random_ids, tiny_model
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from transformers import PreTrainedModel
+from two import by_two
 
 from lsm_lightning import update as update_module
 from lsm_lightning.batching import TokenBatch, spans
@@ -341,19 +342,14 @@ def share(
     return total(torch.cat((gradient, torch.tensor([totals.loss], dtype=gradient.dtype))))
 
 
-def one_process(rank: int, folder: Path, student_folder: Path) -> None:
-    """One of two: works on its share of all lessons, and writes down the gradients and losses."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+def shares(student_folder: Path, lessons: Path) -> dict[tuple[str, str], Tensor]:
+    """One of two processes works on its share of all lessons, which lie in a file: their gradients and losses."""
     student = load_model(str(student_folder), "float32").double()
-    lessons = pickle.loads((folder / "lessons").read_bytes())
-    gradients = {
-        (name, reduction): share(student, OBJECTIVES[name], taught, reduction, 2, rank)
-        for name, taught in lessons.items()
+    return {
+        (name, reduction): share(student, OBJECTIVES[name], taught, reduction, 2, distributed.get_rank())
+        for name, taught in pickle.loads(lessons.read_bytes()).items()
         for reduction in REDUCTIONS
     }
-    torch.save(gradients, folder / f"gradients-{rank}")
-    distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
@@ -362,8 +358,7 @@ def by_two_processes(student_folder, teacher, turns, tmp_path_factory) -> dict[t
     student = load_model(str(student_folder), "float32").double()
     lessons = {name: lesson(student, teacher, turns, objective) for name, objective in OBJECTIVES.items()}
     (folder / "lessons").write_bytes(pickle.dumps(lessons))
-    multiprocessing.spawn(one_process, (folder, student_folder), nprocs=2)
-    ours, theirs = (torch.load(folder / f"gradients-{rank}") for rank in (0, 1))
+    ours, theirs = by_two(shares, folder, student_folder, folder / "lessons")
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     return ours
 

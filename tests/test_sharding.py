@@ -1,6 +1,5 @@
 """Models spread over two processes: every weight arrives, and they compute what they compute in one."""
 
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,11 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from teachers import asked, teacher_at
 from test_student import gradients, lora
 from tiny import FAMILIES, save_tiny, tiny_model
-from torch import Tensor, distributed, multiprocessing
+from torch import Tensor, distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from two import by_two
 
 from lsm_lightning import sharding as sharding_module
 from lsm_lightning.errors import ConfigurationError
@@ -162,27 +162,18 @@ def scores(
     return {"first": first, "written": [c.ids for c in written], "again": asked(teacher, mine)}
 
 
-def one_process(rank: int, folder: Path, given: dict[str, Any]) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    folders, turns, tokenizer = given["folders"], given["turns"], given["tokenizer"]
-    try:
-        found = {
-            **{f"arrives {family}": arrives(folders, family) for family in FAMILIES},
-            "forgotten": a_weight_is_forgotten(folders),
-            "missing": a_folder_is_missing(folders),
-            **{f"learns {family}": learns(folders, family, turns) for family in ("llama-tied", "qwen2-untied")},
-            "offloaded": offloaded(folders, turns),
-            "adapters": adapters(folders, turns),
-            "teacher": scores(folders, tokenizer, turns),
-            "sharded teacher": scores(folders, tokenizer, turns, sharded=True),
-            "resting teacher": scores(folders, tokenizer, turns, sharded=True, offload=True),
-        }
-    except Exception:
-        traceback.print_exc()
-        raise
-    torch.save(found, folder / f"found-{rank}")
-    distributed.destroy_process_group()
+def everything(folders: dict[str, Path], turns: list[Turn], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    return {
+        **{f"arrives {family}": arrives(folders, family) for family in FAMILIES},
+        "forgotten": a_weight_is_forgotten(folders),
+        "missing": a_folder_is_missing(folders),
+        **{f"learns {family}": learns(folders, family, turns) for family in ("llama-tied", "qwen2-untied")},
+        "offloaded": offloaded(folders, turns),
+        "adapters": adapters(folders, turns),
+        "teacher": scores(folders, tokenizer, turns),
+        "sharded teacher": scores(folders, tokenizer, turns, sharded=True),
+        "resting teacher": scores(folders, tokenizer, turns, sharded=True, offload=True),
+    }
 
 
 @pytest.fixture(scope="module")
@@ -195,10 +186,7 @@ def folders(tmp_path_factory, student_tokenizer, teacher_folder) -> dict[str, Pa
 @pytest.fixture(scope="module")
 def found(tmp_path_factory, folders, turns, student_tokenizer) -> list[dict[str, Any]]:
     """By both processes."""
-    folder = tmp_path_factory.mktemp("two")
-    given = {"folders": folders, "turns": turns, "tokenizer": student_tokenizer}
-    multiprocessing.spawn(one_process, (folder, given), nprocs=2)
-    return [torch.load(folder / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    return by_two(everything, tmp_path_factory.mktemp("two"), folders, turns, student_tokenizer)
 
 
 # ---- what came of it ------------------------------------------------------------------------------------------------

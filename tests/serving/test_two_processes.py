@@ -9,8 +9,10 @@ import torch
 from fake_servers import InProcess
 from fake_vllm import FakeServer, serving
 from tiny import random_ids, save_tiny
-from torch import distributed, multiprocessing
+from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
+from transformers import PreTrainedModel
+from two import by_two
 
 from lsm_lightning.pretrained import load_model, load_skeleton
 from lsm_lightning.processes import gather, share
@@ -28,46 +30,46 @@ def written(engine: Any) -> list[list[int]]:
     return [list(answer.ids) for answer in answers]
 
 
+@torch.no_grad()
+def scale(model: PreTrainedModel, by: float) -> None:
+    for parameter in model.parameters():
+        parameter.mul_(by)
+
+
 def written_locally(folder: Path) -> tuple[list[list[int]], list[list[int]]]:
     """What a local engine writes with the whole student, before and after its weights change."""
     model, local = load_model(str(folder), "float32"), LocalEngine()
     local.sync(model)
     before = written(local)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(1.05)
+    scale(model, 1.05)
     local.sync(model)
     after = written(local)
     assert before != after
     return before, after
 
 
-def one_process(rank: int, folder: Path, model: str, urls: dict[str, list[str]]) -> None:
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+def sharded(model: str) -> PreTrainedModel:
     mesh = init_device_mesh("cpu", (2,))
-    student = load_sharded(
+    return load_sharded(
         lambda: load_model(model, "float32"), lambda: load_skeleton(model), mesh, device=torch.device("cpu")
     )
-    found: dict[str, Any] = {}
+
+
+def asking_servers(model: str, urls: dict[str, list[str]]) -> dict[str, Any]:
+    student, found = sharded(model), {}
     for name, servers in urls.items():
         engine = VLLMEngine(Servers(urls=servers, attempts=1))
         try:
             engine.sync(student)
             found[name] = written(engine)
-            with torch.no_grad():
-                for parameter in student.parameters():
-                    parameter.mul_(1.05)
+            scale(student, 1.05)
             engine.sync(student)
             found[f"{name}, changed"] = written(engine)
-            with torch.no_grad():
-                for parameter in student.parameters():
-                    parameter.div_(1.05)
+            scale(student, 1 / 1.05)
         except ServerError as error:
             found[name] = str(error)
         engine.close()
-    torch.save(found, folder / f"found-{rank}")
-    distributed.destroy_process_group()
+    return found
 
 
 def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, student_tokenizer):
@@ -75,8 +77,7 @@ def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, s
     with serving(folder) as shared, serving(folder) as first, serving(folder) as second, serving(folder) as deaf:
         deaf.deaf = True
         urls = {"shared": [shared.url], "own": [first.url, second.url], "deaf": [deaf.url]}
-        multiprocessing.spawn(one_process, (tmp_path, str(folder), urls), nprocs=2)
-    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+        found = by_two(asking_servers, tmp_path, str(folder), urls)
     before, after = written_locally(folder)
     for of_process in found:
         assert of_process["shared"] == of_process["own"] == before
@@ -86,15 +87,9 @@ def test_all_have_the_whole_students_answers_and_one_renews_a_server(tmp_path, s
         assert [path for path, _ in fake.log].count("/collective_rpc") == 2
 
 
-def beside_its_server(rank: int, folder: Path, model: str) -> None:
+def beside_its_server(model: str) -> dict[str, Any]:
     """Two steps, each with a server on this process's device; the second process's dies in its sleep."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
-    mesh = init_device_mesh("cpu", (2,))
-    student = load_sharded(
-        lambda: load_model(model, "float32"), lambda: load_skeleton(model), mesh, device=torch.device("cpu")
-    )
-    found: dict[str, Any] = {}
+    student, rank, found = sharded(model), distributed.get_rank(), {}
     with pytest.MonkeyPatch.context() as patch:
         own = InProcess.in_place_of_servers(patch)
         engine = VLLMEngine(Servers(launch=Launch(command=["vllm"], colocated=True), attempts=2))
@@ -103,9 +98,7 @@ def beside_its_server(rank: int, folder: Path, model: str) -> None:
             found[step] = written(engine)
             engine.rest()
             found[f"asleep after the {step}"] = set(own[0].fake.asleep)
-            with torch.no_grad():
-                for parameter in student.parameters():
-                    parameter.mul_(1.05)
+            scale(student, 1.05)
             if step == "first" and rank == 1:
                 own[0].die()
         found["urls"], found["starts"] = [server.url for server in own], own[0].starts
@@ -118,14 +111,12 @@ def beside_its_server(rank: int, folder: Path, model: str) -> None:
         except ServerError as error:
             found["told"] = str(error)
         engine.close()
-    torch.save(found, folder / f"found-{rank}")
-    distributed.destroy_process_group()
+    return found
 
 
 def test_each_process_has_a_server_beside_it_which_sleeps_between_steps(tmp_path, student_tokenizer):
     folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
-    multiprocessing.spawn(beside_its_server, (tmp_path, str(folder)), nprocs=2)
-    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    found = by_two(beside_its_server, tmp_path, str(folder))
     before, after = written_locally(folder)
     for of_process in found:
         assert (of_process["first"], of_process["second"]) == (before, after)
@@ -138,22 +129,18 @@ def test_each_process_has_a_server_beside_it_which_sleeps_between_steps(tmp_path
     assert [of_process["starts"] for of_process in found] == [1, 2]
 
 
-def with_one_away(rank: int, folder: Path, model: str) -> None:
+def with_one_away(model: str) -> dict[str, Any]:
     """A server for each process; that of the second goes, comes back, and then both go."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     student, found, told = load_model(model, "float32"), {}, []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("lsm_lightning").addHandler(handler)
-    fakes = [FakeServer(Path(model)) for _ in range(2)] if rank == 0 else []
+    fakes = [FakeServer(Path(model)) for _ in range(2)] if distributed.get_rank() == 0 else []
     urls = gather([fake.url for fake in fakes])[0]
     engine = VLLMEngine(Servers(urls=urls, attempts=2))
 
     def step(name: str, by: float) -> None:
-        with torch.no_grad():
-            for parameter in student.parameters():
-                parameter.mul_(by)
+        scale(student, by)
         engine.sync(student)
         found[name] = written(engine)
         gather(None)
@@ -174,14 +161,12 @@ def with_one_away(rank: int, folder: Path, model: str) -> None:
     except ServerError as error:
         found["all are away"], found["agreed"] = str(error), error.agreed
     engine.close()
-    torch.save(found | {"told": told, "urls": urls}, folder / f"found-{rank}")
-    distributed.destroy_process_group()
+    return found | {"told": told, "urls": urls}
 
 
 def test_while_the_server_of_one_process_is_away_it_asks_the_others(tmp_path, student_tokenizer):
     folder = save_tiny(tmp_path / "student", student_tokenizer, seed=1)
-    multiprocessing.spawn(with_one_away, (tmp_path, str(folder)), nprocs=2)
-    found = [torch.load(tmp_path / f"found-{rank}", weights_only=False) for rank in (0, 1)]
+    found = by_two(with_one_away, tmp_path, str(folder))
     before, after = written_locally(folder)
     _, second = found[0]["urls"]
     for of_process in found:
