@@ -50,6 +50,7 @@ from lsm_lightning.random_states import RandomStates, random_states, restore_ran
 from lsm_lightning.reductions import Reduction, position_weights
 from lsm_lightning.rollout import Engine, LocalEngine, Sampling
 from lsm_lightning.rollout.collect import Player, collect
+from lsm_lightning.serving import Fleet
 from lsm_lightning.sharding import OffloadedModelParallelStrategy, load_sharded, shards_of
 from lsm_lightning.student import (
     adapt,
@@ -255,15 +256,16 @@ class OnPolicyDistillation(LightningModule):
         check_model(self.student_name)
         if stage == "fit":
             folder = Path(self.trainer.log_dir or self.trainer.default_root_dir)  # a collective
-            for part in self._parts:
-                part.logs = folder
+            for fleet in self._fleets:
+                fleet.logs = folder
         for teacher in self.teachers.values():
             teacher.check()
 
     @property
-    def _parts(self) -> list[Engine | Teacher]:
-        """What may ask servers."""
-        return [self.engine, *self.teachers.values()]
+    def _fleets(self) -> list[Fleet]:
+        """The servers of rollouts and teachers."""
+        asking: list[Engine | Teacher] = [self.engine, *self.teachers.values()]
+        return [part.fleet for part in asking if part.fleet is not None]
 
     @property
     def _offloaded(self) -> bool:
@@ -698,10 +700,9 @@ class OnPolicyDistillation(LightningModule):
 
     def _new_retries(self) -> float | None:
         """How often all processes have sent servers a request again since the last step; None without servers."""
-        counts = [part.retries for part in self._parts if part.retries is not None]
-        if not counts:
+        if not self._fleets:
             return None
-        before, self._retries = self._retries, sum(counts)
+        before, self._retries = self._retries, sum(fleet.retries for fleet in self._fleets)
         return float(self._total(torch.tensor(float(self._retries - before))))
 
     def _watch_sampler(self, gap: float) -> None:

@@ -5,11 +5,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lsm_lightning.errors import ConfigurationError, TrainingDivergedError
+from lsm_lightning.serving.fleet import Fleet
 from lsm_lightning.types import Completion
 
 COLDEST = 1e-6
@@ -112,13 +112,8 @@ class _Questions(Conversations):
 class Engine(ABC):
     """Writes answers with its own copy of the student's weights, which `sync` brings up to date."""
 
-    logs: Path | None = None
-    """The folder for what servers say that it starts; that for temporary files, where nobody sets one."""
-
-    @property
-    def retries(self) -> int | None:
-        """How often this process has sent a request again; None where no servers are asked."""
-        return None
+    fleet: Fleet | None = None
+    """The servers that it asks, if any."""
 
     @abstractmethod
     def sync(self, model: PreTrainedModel) -> None:

@@ -76,6 +76,8 @@ class VLLMEngine(Engine):
             weights are written in float32, and 0.25 otherwise.
     """
 
+    fleet: Fleet
+
     def __init__(
         self, servers: Servers, folder: str | None = None, dtype: DType = "auto", tolerance: float | None = None
     ) -> None:
@@ -86,7 +88,7 @@ class VLLMEngine(Engine):
         self.dtype: DType = dtype
         self.tolerance = tolerance
         proof = Question(what="tell whose weights it has", path=VERSION, read=self._prove)
-        self._fleet = Fleet(servers, self._renewed, proof)
+        self.fleet = Fleet(servers, self._renewed, proof)
         self._scratch: Callable[[], object] | None = None
         self._weights: Path | None = None
         self._probe: _Probe | None = None
@@ -104,7 +106,7 @@ class VLLMEngine(Engine):
             fleet: Is open, and closed by others.
         """
         engine = cls(fleet.settings)
-        engine._fleet = fleet
+        engine.fleet = fleet
         return engine
 
     def sync(self, model: PreTrainedModel) -> None:
@@ -116,7 +118,7 @@ class VLLMEngine(Engine):
             TrainingDivergedError: The weights give log-probs that are not finite.
         """
         probe = _Probe.of(model)
-        fleet = self._fleet
+        fleet = self.fleet
         fresh = not fleet.is_open
         if fresh:
             fleet.find_place()
@@ -130,7 +132,7 @@ class VLLMEngine(Engine):
         if self.servers.colocated:
             give_back_cache()
         if fresh:
-            fleet.open(self._options(model, dtype), self.logs)
+            fleet.open(self._options(model, dtype))
         earlier = [known for known in (self._first, self._probe) if known is not None]
         self._first, self._probe = self._first or probe, probe
         self._syncs += 1
@@ -152,9 +154,9 @@ class VLLMEngine(Engine):
             ConfigurationError: A prompt and the longest answer exceed the servers' context.
             ServerError: A request was not answered.
         """
-        assert self._fleet.model is not None, "sync() comes before converse()"
+        assert self.fleet.model is not None, "sync() comes before converse()"
         assert not self._asleep, "after rest(), too"
-        name = self._fleet.model.name
+        name = self.fleet.model.name
         first_prompts: dict[tuple[int, ...], int] = {}
         server: dict[int, int] = {}
 
@@ -180,17 +182,12 @@ class VLLMEngine(Engine):
             conversations.take(answers)
             return questions()
 
-        self._fleet.converse(questions(), answered)
+        self.fleet.converse(questions(), answered)
 
     def room(self, prompt_tokens: int) -> int | None:
         """See `Engine.room`; `sync` comes before."""
-        assert self._fleet.model is not None, "sync() comes before room()"
-        return self._fleet.model.context - prompt_tokens
-
-    @property
-    def retries(self) -> int:
-        """See `Engine.retries`."""
-        return self._fleet.retries
+        assert self.fleet.model is not None, "sync() comes before room()"
+        return self.fleet.model.context - prompt_tokens
 
     def rest(self) -> None:
         """See `Engine.rest`; servers elsewhere go on as they are.
@@ -198,13 +195,13 @@ class VLLMEngine(Engine):
         Raises:
             ServerError: One does not sleep, or has not given its memory back.
         """
-        if self.servers.colocated and self._fleet.is_open and not self._asleep:
+        if self.servers.colocated and self.fleet.is_open and not self._asleep:
             together(self._sleep_all)
             self._asleep = True
 
     def close(self) -> None:
         """See `Engine.close`."""
-        self._fleet.close()
+        self.fleet.close()
         if self._scratch is not None:
             self._scratch()
         self._scratch = self._weights = self._probe = self._first = None
@@ -219,7 +216,7 @@ class VLLMEngine(Engine):
 
     def _agree(self) -> None:
         """On a name for this run, and on the folder of this machine's first process."""
-        place, folder = self._fleet.place, self.folder
+        place, folder = self.fleet.place, self.folder
         if folder is None and place.is_first_here:
             folder, self._scratch = scratch_folder(self)
         folder = gather(folder)[place.first_here]
@@ -229,7 +226,7 @@ class VLLMEngine(Engine):
 
     def _write(self, model: PreTrainedModel, weights: Mapping[str, Tensor]) -> None:
         assert self._weights is not None
-        if self._fleet.place.is_first_here:
+        if self.fleet.place.is_first_here:
             # On a CPU vLLM packs the output matrix apart, also where it is the embedding, and has to be given both.
             twice = model.config.model_type not in HEADLESS
             export.write_weights(self._weights, model, weights, card="A run's present weights.\n", tied_twice=twice)
@@ -258,7 +255,7 @@ class VLLMEngine(Engine):
         for _ in range(self.servers.attempts):
             for path in WAKING if self.servers.colocated and self._sleeps(url) else RENEWAL:
                 body = bodies.get(path, {})
-                self._fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
+                self.fleet.ask_at(url, Question(what=RENEWING, path=path, body=body, read=lambda answer: None))
             told = self._told(url, self._probe)
             if self._is_present(url):  # else it has started anew in between
                 self._check(url, told, self._probe, earlier)
@@ -275,24 +272,24 @@ class VLLMEngine(Engine):
 
     def _is_present(self, url: str) -> bool:
         """Whether a server has the present weights by its own account."""
-        version: str = self._fleet.ask_at(
+        version: str = self.fleet.ask_at(
             url, Question(what=RENEWING, path=VERSION, read=lambda answer: str(answer["weight_version"]))
         )
         return version == self._version
 
     def _sleeps(self, url: str, what: str = RENEWING) -> bool:
         """Whether a server sleeps by its own account; one that was started again does not."""
-        asleep: bool = self._fleet.ask_at(
+        asleep: bool = self.fleet.ask_at(
             url, Question(what=what, path="/is_sleeping", read=lambda answer: answer["is_sleeping"] is True)
         )
         return asleep
 
     def _sleep_all(self) -> None:
-        for url in self._fleet.kept:
+        for url in self.fleet.kept:
             try:
                 self._sleep(url)
             except ServerError:
-                if not self._fleet.has_ended:  # and holds nothing any more; the next `sync` starts it again
+                if not self.fleet.has_ended:  # and holds nothing any more; the next `sync` starts it again
                     raise
 
     def _sleep(self, url: str) -> None:
@@ -302,7 +299,7 @@ class VLLMEngine(Engine):
         """
         assert self._weights is not None
         before = free_memory()
-        self._fleet.ask_at(url, Question(what=FALLING_ASLEEP, path=SLEEP, body={}, read=lambda answer: None))
+        self.fleet.ask_at(url, Question(what=FALLING_ASLEEP, path=SLEEP, body={}, read=lambda answer: None))
         asleep, after = self._sleeps(url, FALLING_ASLEEP), free_memory()
         gained = None if before is None or after is None else after - before
         least = sum(file.stat().st_size for file in self._weights.glob("*.safetensors")) // 2
@@ -331,8 +328,8 @@ class VLLMEngine(Engine):
             )
 
     def _told(self, url: str, probe: "_Probe") -> list[dict[int, float]]:
-        assert self._fleet.model is not None
-        name = self._fleet.model.name
+        assert self.fleet.model is not None
+        name = self.fleet.model.name
 
         def question(ids: list[int]) -> Question[dict[int, float]]:
             return Question(
@@ -342,7 +339,7 @@ class VLLMEngine(Engine):
                 read=lambda answer: protocol.read_next_tokens(answer, ids, PROBE_TOP),
             )
 
-        return [self._fleet.ask_at(url, question(ids)) for ids in probe.texts]
+        return [self.fleet.ask_at(url, question(ids)) for ids in probe.texts]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -92,6 +92,8 @@ class Fleet:
         self, settings: Servers, fit: Callable[[str], bool] = lambda url: True, proof: Question[None] | None = None
     ) -> None:
         self.settings = settings
+        self.logs: Path | None = None
+        """See `launch.Server`."""
         self.place = Place()
         self.model: Model | None = None
         self.root_of: dict[str, str | None] = {}
@@ -107,17 +109,16 @@ class Fleet:
         """Find out where this process stands among the others; all call it together."""
         self.place = Place.find()
 
-    def open(self, options: Sequence[str], logs: Path | None = None) -> None:
+    def open(self, options: Sequence[str]) -> None:
         """Find the servers or start them; all processes call it together, after `find_place`.
 
         Args:
             options: Of servers that are started.
-            logs: See `launch.Server`.
 
         Raises:
             ServerError: One cannot be started or does not answer; raised by all.
         """
-        together(lambda: self._launch(options, logs))
+        together(lambda: self._launch(options))
         # Clients of OpenAI's are given the address with /v1.
         urls = [url.rstrip("/").removesuffix("/v1") for url in self.settings.urls]
         if self.settings.launch is not None:
@@ -128,9 +129,8 @@ class Fleet:
         models = _merged(gather(together(lambda: self._meet(urls))))
         together(lambda: _check_contexts(models))
         self.model, self.root_of = models[urls[0]], {url: model.root for url, model in models.items()}
-        reserves = [url for url, model in models.items() if url not in urls and model.name == self.model.name]
-        if self.settings.launch is not None:
-            reserves = []  # those of other machines are reached by nobody else
+        others = {} if self.settings.launch is not None else models  # what a machine starts only it can reach
+        reserves = [url for url, model in others.items() if url not in urls and model.name == self.model.name]
         self._client = Client(urls, self._patience, self._remedy, self._back, self._proof, reserves, self._trouble)
 
     @property
@@ -249,13 +249,13 @@ class Fleet:
     def _starts_one(self) -> bool:
         return self.settings.colocated or (self.settings.launch is not None and self.place.is_first_here)
 
-    def _launch(self, options: Sequence[str], logs: Path | None) -> None:
+    def _launch(self, options: Sequence[str]) -> None:
         if self._starts_one:
             assert self.settings.launch is not None
             environment = DEVELOPER_MODE
             if self.settings.colocated:
                 options, environment = [*options, *SLEEP_MODE], environment | only_own_gpu()
-            self._own = Server(self.settings.launch, options, environment, logs)
+            self._own = Server(self.settings.launch, options, environment, self.logs)
             weakref.finalize(self, Server.stop, self._own)
             self._own.start()
 

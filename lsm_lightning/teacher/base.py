@@ -2,7 +2,6 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from jaxtyping import Int
@@ -11,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lsm_lightning.rollout.base import Sampling
 from lsm_lightning.rollout.collect import Player
+from lsm_lightning.serving.fleet import Fleet
 from lsm_lightning.types import Support, Turn
 from tokenalign import Pair
 
@@ -31,13 +31,8 @@ class Teacher(ABC):
     elsewhere: bool = False
     """Whether its model runs on other machines, so that it may score in a thread while the student writes."""
 
-    logs: Path | None = None
-    """The folder for what servers say that it starts; that for temporary files, where nobody sets one."""
-
-    @property
-    def retries(self) -> int | None:
-        """How often this process has sent a request again; None where no servers are asked."""
-        return None
+    fleet: Fleet | None = None
+    """The servers that it asks, if any."""
 
     @abstractmethod
     def check(self) -> None:

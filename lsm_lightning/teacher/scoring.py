@@ -82,11 +82,11 @@ class ScoringTeacher(Teacher):
         """The prompts of some turns as the teacher's tokens, and their answers; nothing of those that are too long."""
         prompts = render(self.tokenizer, [list(turn.prompt.messages) for turn in turns])
         reading = respelled(turns, self.pair) if self.respell else as_it_stands(turns, self.rows)
-        if self.context is None:
-            return prompts, reading
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, reading.responses, strict=True)]
-        too_long = [i for i, length in enumerate(lengths) if length > self.context]
-        if too_long and not self._told_of_length:
+        too_long = [i for i, length in enumerate(lengths) if self.context is not None and length > self.context]
+        if not too_long:
+            return prompts, reading
+        if not self._told_of_length:
             self._told_of_length = True
             logger.warning(
                 f"Nothing is learned from {len(too_long)} of {len(turns)} answers, which with their prompts are longer "

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from lsm_lightning.batching import sampled_ids
+from lsm_lightning.batching import end_to_end, sampled_ids
 from lsm_lightning.errors import ConfigurationError
 from lsm_lightning.pretrained import DType, load_skeleton, load_tokenizer, locate, turn_end_ids
 from lsm_lightning.processes import gather, together
@@ -49,6 +49,8 @@ class ServedTeacher(ScoringTeacher):
 
     elsewhere = True
 
+    fleet: Fleet
+
     def __init__(self, path: str, servers: Servers, dtype: DType = "auto", chat_template: str | None = None) -> None:
         super().__init__(path, chat_template)
         if servers.colocated:
@@ -58,7 +60,7 @@ class ServedTeacher(ScoringTeacher):
             )
         self.servers = servers
         self.dtype: DType = dtype
-        self._fleet = Fleet(servers, self._is_as_before)
+        self.fleet = Fleet(servers, self._is_as_before)
         self._said: dict[str, Scores] = {}
         """What each server made of a text at first."""
 
@@ -112,13 +114,13 @@ class ServedTeacher(ScoringTeacher):
 
     def _connect(self) -> None:
         """Find the servers; all processes call it together."""
-        if not self._fleet.is_open:
-            self._fleet.find_place()
-            self._fleet.open([word for option in self._options.items() for word in option], self.logs)
+        if not self.fleet.is_open:
+            self.fleet.find_place()
+            self.fleet.open([word for option in self._options.items() for word in option])
             for said in gather(together(self._check_servers)):
                 self._said.update(said)
-            assert self._fleet.model is not None
-            self.context = self._fleet.model.context - 1  # a server writes a token besides
+            assert self.fleet.model is not None
+            self.context = self.fleet.model.context - 1  # a server writes a token besides
 
     @torch.no_grad()
     def score(self, turns: Sequence[Turn], added: Int[Tensor, "n c"]) -> Support:
@@ -130,10 +132,10 @@ class ServedTeacher(ScoringTeacher):
         self._connect()
         prompts, reading = self._read(turns)
         texts = [(p, r) for p, r in zip(prompts, reading.responses, strict=True) if r]
-        served = self._fleet.ask(
+        served = self.fleet.ask(
             [(number, self._question(number, len(texts), *text)) for number, text in enumerate(texts)]
         )
-        targets = torch.tensor([i for _, response in texts for i in response] or [0], device=self.device)
+        targets = end_to_end([response for _, response in texts] or [[0]], self.device)
         ids, values = _together(served, self.asked + 1, self.device)
 
         def log_probs(at: Int[Tensor, " m"]) -> Float[Tensor, "m v"]:
@@ -148,24 +150,19 @@ class ServedTeacher(ScoringTeacher):
         """See `Teacher.player`."""
         self._connect()
         return Player(
-            engine=VLLMEngine.around(self._fleet),
+            engine=VLLMEngine.around(self.fleet),
             tokenizer=self.tokenizer,
             turn_end=frozenset(self.turn_end.tolist()),
             sampling=sampling,
         )
 
-    @property
-    def retries(self) -> int:
-        """See `Teacher.retries`."""
-        return self._fleet.retries
-
     def cancel(self) -> None:
         """See `Teacher.cancel`."""
-        self._fleet.cancel()
+        self.fleet.cancel()
 
     def close(self) -> None:
         """See `Teacher.close`."""
-        self._fleet.close()
+        self.fleet.close()
 
     def _question(self, number: int, of: int, prompt: list[int], response: list[int]) -> Question[Scores]:
         ids = [*prompt, *response]
@@ -176,20 +173,20 @@ class ServedTeacher(ScoringTeacher):
                 raise BadAnswer(f"names the token {scores.ids.max()}, of {self.rows} that '{self.path}' has")
             return scores
 
-        assert self._fleet.model is not None
+        assert self.fleet.model is not None
         return Question(
             what=f"score answer {number + 1} of {of}",
             path=protocol.COMPLETIONS,
-            body=protocol.scoring(self._fleet.model.name, ids, self.asked),
+            body=protocol.scoring(self.fleet.model.name, ids, self.asked),
             read=read,
         )
 
     def _check_servers(self) -> dict[str, Scores]:
         """What this process's servers make of a text."""
         said: dict[str, Scores] = {}
-        for url in self._fleet.urls:
+        for url in self.fleet.urls:
             said[url] = self._check(url)
-            if (root := self._fleet.root_of[url]) is not None and Path(root).name != Path(locate(self.path)).name:
+            if (root := self.fleet.root_of[url]) is not None and Path(root).name != Path(locate(self.path)).name:
                 logger.warning(
                     f"The server {url} has the model '{root}', and the teacher's path is '{self.path}': make sure that "
                     "they are the same."
@@ -198,21 +195,21 @@ class ServedTeacher(ScoringTeacher):
 
     def _check(self, url: str) -> Scores:
         """Ask for a score, and whether a text is read as the same tokens."""
-        assert self._fleet.model is not None
+        assert self.fleet.model is not None
         own: list[int] = self.tokenizer(SAMPLE, add_special_tokens=False)["input_ids"]
-        body = protocol.scoring(self._fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
+        body = protocol.scoring(self.fleet.model.name, own, self.asked) | {"prompt": SAMPLE}
         question = Question(
             what=f"score a text with the {self.asked} most probable tokens",
             path=protocol.COMPLETIONS,
             body=body,
             read=lambda answer: list(map(int, answer["choices"][0]["prompt_token_ids"])),
         )
-        if self._fleet.ask_at(url, question) != own:
+        if self.fleet.ask_at(url, question) != own:
             raise ConfigurationError(
                 f"The server {url} reads a text as other tokens than the tokenizer of '{self.path}' does: it has "
                 "another model. Set the teacher's path to the model that it was started with."
             )
-        return self._fleet.ask_at(url, self._question(0, 1, own[:1], own[1:]))
+        return self.fleet.ask_at(url, self._question(0, 1, own[:1], own[1:]))
 
     def _is_as_before(self, url: str) -> bool:
         """Whether a server that was away has the model that it had."""

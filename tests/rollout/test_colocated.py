@@ -336,7 +336,7 @@ def test_a_process_of_its_own_sleeps_dies_and_comes_back(model):
 
 
 def kill(engine: VLLMEngine) -> None:
-    process = engine._fleet._own._process
+    process = engine.fleet._own._process
     os.killpg(process.pid, 9)
     process.wait()
 
@@ -363,7 +363,7 @@ def test_vllm_takes_every_request_and_is_none_the_worse(model, monkeypatch):
     engine, greedy = VLLMEngine(vllm_servers()), Sampling(temperature=0.0)
     for dies in (False, False, True, False):
         engine.sync(model)
-        (url,) = engine._fleet.urls
+        (url,) = engine.fleet.urls
         assert not engine._sleeps(url)
         assert written(engine, greedy) == locally(model, greedy)
         engine.rest()

@@ -122,7 +122,7 @@ def test_no_answer_of_lost_weights_is_followed_up(student_tokenizer, tmp_path, m
         assert asked["answers"] > 9
         engine.sync(model)
         asked["answers"] = 0
-        monkeypatch.setattr(engine._fleet._client, "_proof", None)
+        monkeypatch.setattr(engine.fleet._client, "_proof", None)
         assert converse(engine, talks()).texts != undisturbed.texts  # the control
         engine.close()
 

@@ -325,7 +325,7 @@ def test_a_server_that_comes_back_with_its_first_weights_gets_the_present_ones(s
     fake.stop()
     fake.restart()
     assert ids_of(write(served, requests_of())) == undisturbed  # told by its version
-    monkeypatch.setattr(served._fleet._client, "_proof", None)
+    monkeypatch.setattr(served.fleet._client, "_proof", None)
     fake.stop()
     fake.restart()
     assert ids_of(write(served, requests_of())) != undisturbed  # the control
@@ -455,7 +455,7 @@ def test_a_server_of_ones_own_starts_with_the_weights_is_started_again_and_ends(
         for each in (engine, local):
             each.sync(model)
         assert ids_of(write(engine, requests_of())) == ids_of(write(local, requests_of()))
-    own = engine._fleet._own
+    own = engine.fleet._own
     assert own is not None
     assert own._process is not None
     os.killpg(own._process.pid, 9)

@@ -43,9 +43,9 @@ def fake(folder) -> Iterator[FakeServer]:
 def vllm(folder) -> Iterator[Servers]:
     first = ServedTeacher(str(folder), Servers(launch=vllm_launch()))
     first._options = {"--model": str(folder), "--max-logprobs": "40", "--dtype": "float32"}
-    first._fleet.find_place()
-    first._fleet.open([word for option in first._options.items() for word in option])
-    yield Servers(urls=first._fleet.urls)
+    first.fleet.find_place()
+    first.fleet.open([word for option in first._options.items() for word in option])
+    yield Servers(urls=first.fleet.urls)
     first.close()
 
 
